@@ -1,0 +1,85 @@
+"""The rim that every verb shares: exit codes, one-line errors, and dotted flags (floor 0).
+
+`python -m phased_ift_jax.<verb>` and `phased-ift <verb>` both end in `run`, which turns a `UserError` into lines on standard error
+and exit code 2. The codes: 0 done; 1 a failure inside; 2 the user's input is at fault; 75 stopped on request with everything saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from phased_ift_jax.records import UserError
+
+VERBS = {
+    "train": "train a model in phases, or at once",
+    "fetch": "download scored Alpaca, raw Alpaca or the test sets",
+}
+STOPPED = 75
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are `UserError`s of one line, and that knows no abbreviations."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}; --help lists what is known")
+
+
+def underscored(argv: Sequence[str]) -> list[str]:
+    """Flags with hyphens as flags with underscores, which is how keys are spelt; values are left as they are."""
+    result = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        result.append("--" + flag[2:].replace("-", "_") + equals + value if word.startswith("--") else word)
+    return result
+
+
+def table(rows: Sequence[Sequence[object]]) -> str:
+    """Rows of cells as aligned text: the first column to the left, the others to the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in cells)
+
+
+def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a verb and leave the process with its exit code."""
+    try:
+        code = main(underscored(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        code = 2
+    except BrokenPipeError:  # the reader of our output has gone (`| head`); do not let Python complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = 130
+    raise SystemExit(code)
+
+
+def main() -> NoReturn:
+    """`phased-ift <verb> ...`."""
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: phased-ift VERB ...\n\nverbs (each has its own --help):")
+        for verb, purpose in VERBS.items():
+            print(f"  {verb:<10} {purpose}")
+        raise SystemExit(0 if words else 2)
+    verb, *rest = words
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        print(f"error: unknown verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(VERBS)}"), file=sys.stderr)
+        raise SystemExit(2)
+    sys.argv[0] = str(Path(sys.argv[0]).with_name(f"phased-ift {verb}"))
+    run(importlib.import_module(f"phased_ift_jax.{verb}").main, rest)

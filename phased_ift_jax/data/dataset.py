@@ -1,0 +1,132 @@
+"""Everything a run trains and evaluates on, from files to phases; every row read is used, truncated or quarantined, and they add up."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phased_ift_jax.config import CurriculumConfig, DataConfig
+from phased_ift_jax.data import readers
+from phased_ift_jax.data.phases import Curriculum, assign_bins, curriculum_of, draw_phases, hold_out, plain
+from phased_ift_jax.data.tokenization import tokenize
+from phased_ift_jax.records import InstructionRecord, Phase, Quarantined, TokenizedExample, UserError
+
+
+@dataclass(frozen=True)
+class BinCount:
+    """What became of the rows of one bin; `read == used + quarantined`, and `truncated` and `held_out` are parts of `used`."""
+
+    name: str
+    read: int
+    used: int
+    truncated: int
+    quarantined: int
+    held_out: int
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """The usable rows in reading order, their bins, and the phases over them."""
+
+    records: tuple[InstructionRecord, ...]
+    examples: tuple[TokenizedExample, ...]
+    bin_of: np.ndarray  # from 1
+    bin_names: tuple[str, ...]
+    held_out: np.ndarray  # bool
+    phases: tuple[Phase, ...]
+    curriculum: Curriculum
+    phased: tuple[Phase, ...]  # the phased arm's phases, whatever the arm: where one_off may restart its schedule
+    counts: tuple[BinCount, ...]
+    quarantined: tuple[Quarantined, ...]
+    rows_read: int
+    data_hash: str
+
+    def held_out_rows(self, bin_number: int) -> np.ndarray:
+        """Positions of the held-out rows of a bin (from 1)."""
+        return np.flatnonzero(self.held_out & (self.bin_of == bin_number))
+
+
+def prepare(data: DataConfig, curriculum: CurriculumConfig, seed: int, tokenizer: Any) -> Dataset:
+    """Read, tokenize, bin, hold out and draw phases. Writes nothing.
+
+    Raises:
+        UserError: unreadable data, more rows quarantined than `data.max_quarantined` allows, or a curriculum that does not fit the data.
+    """
+    reading = readers.read(data.path, data.split, data.append_period)
+    records = reading.records
+    results = list(tokenize([plain(record) for record in records], tokenizer, data.prompt_template, data.max_length, data.truncation))
+    examples = [result if isinstance(result, TokenizedExample) else None for result in results]
+    files = list(dict.fromkeys(plain(record).source.path for record in records))
+    binning = assign_bins(curriculum.bins, records, examples, files)
+    usable = np.array([example is not None for example in examples]) & (binning.bin_of > 0)
+
+    quarantined = list(reading.quarantined)
+    for record, result, bin_number in zip(records, results, binning.bin_of, strict=True):
+        if isinstance(result, Quarantined):
+            quarantined.append(result)
+        elif bin_number == 0:
+            quarantined.append(Quarantined(plain(record).source, plain(record).id, binning.unbinned))
+    _refuse_if_many(quarantined, reading.rows, data.max_quarantined)
+
+    data_hash = hash_of(records)
+    held = hold_out(binning.bin_of, usable, data_hash, data.eval_size, data.eval_seed)
+    counts = tuple(
+        BinCount(
+            name=name,
+            read=int((binning.bin_of == b).sum()),
+            used=int(((binning.bin_of == b) & usable).sum()),
+            truncated=sum(1 for row in np.flatnonzero((binning.bin_of == b) & usable) if examples[row].truncated),  # type: ignore[union-attr]
+            quarantined=int(((binning.bin_of == b) & ~usable).sum()),
+            held_out=int(((binning.bin_of == b) & held).sum()),
+        )
+        for b, name in enumerate(binning.names, 1)
+    )
+    kept = np.flatnonzero(usable)
+    bin_of, held = binning.bin_of[kept], held[kept]
+    phased = curriculum_of(curriculum.model_copy(update={"arm": "phased"}), binning.names)
+    matrix = curriculum_of(curriculum, binning.names)
+    return Dataset(
+        records=tuple(plain(records[row]) for row in kept),
+        examples=tuple(example for example, good in zip(examples, usable, strict=True) if example is not None and good),
+        bin_of=bin_of,
+        bin_names=binning.names,
+        held_out=held,
+        phases=draw_phases(matrix, curriculum.arm, bin_of, ~held, seed),
+        curriculum=matrix,
+        phased=draw_phases(phased, "phased", bin_of, ~held, seed),
+        counts=counts,
+        quarantined=tuple(quarantined),
+        rows_read=reading.rows,
+        data_hash=data_hash,
+    )
+
+
+def write_quarantine(quarantined: tuple[Quarantined, ...], path: Path) -> None:
+    """One JSON line for each row that is not used: file, line, id, reason."""
+    lines = (json.dumps({"file": row.source.path, "line": row.source.line, "id": row.id, "reason": row.reason}, ensure_ascii=False) for row in quarantined)
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def hash_of(records: Any) -> str:
+    """SHA-256 of ids and contents in reading order: the identity of the data, whatever file it came from."""
+    digest = hashlib.sha256()
+    for record in map(plain, records):
+        turns = [[turn.instruction, turn.input, turn.response] for turn in record.turns]
+        digest.update(json.dumps([record.id, record.system, turns], ensure_ascii=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _refuse_if_many(quarantined: list[Quarantined], rows: int, allowed: float) -> None:
+    if len(quarantined) > allowed * rows:
+        first = quarantined[0]
+        raise UserError(
+            f"data: {len(quarantined)} of {rows} rows cannot be used, more than data.max_quarantined {allowed:g} allows; "
+            f"the first is {first.source} (id {first.id}): {first.reason}"
+        )
+    if len(quarantined) == rows:
+        raise UserError("data.path: no row can be used")

@@ -1,0 +1,276 @@
+"""Files, hub datasets and TFDS folders as records, with every row accounted for (floor 1: knows no JAX).
+
+A path says where, a file's extension says in which format, and the keys of a row say what it is (`shapes`); no file name means anything.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import glob
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from phased_ift_jax.data.shapes import BadRow, Ids, id_or_none, is_unicode, kind, record_of
+from phased_ift_jax.records import InstructionRecord, Quarantined, Reading, ScoredRecord, Source, UserError
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+Rows = Iterator[tuple[int, Any]]  # the 1-based line and the row there, or the `BadRow` that stands in its place
+
+
+def read(paths: str | Sequence[str], split: str = "train", append_period: bool = False) -> Reading:
+    """Read every row of `paths`, in order: each becomes a record or is quarantined with its line and the reason.
+
+    A path is a file, a folder (its data files by name), a glob, a hub name (`org/name` or `hub:name`), `tfds:name` or `tfds:folder`.
+    A row without an id is named by a hash of its content, before any period is added; a repeated row gets `-2`, `-3` behind it.
+    `append_period` ends the instruction of Alpaca triples with a period, as the paper's data preparation did; other shapes are not touched.
+
+    Raises:
+        UserError: a path that does not exist, or that as a whole cannot be read or has no rows.
+    """
+    records: list[InstructionRecord | ScoredRecord] = []
+    quarantined: list[Quarantined] = []
+    ids = Ids()
+    for path, rows in _places([paths] if isinstance(paths, str) else paths, split):
+        before = len(records) + len(quarantined)
+        for line, row in rows:
+            source = Source(path, line)
+            try:
+                records.append(record_of(row, source, ids, append_period))
+            except BadRow as reason:
+                quarantined.append(Quarantined(source, id_or_none(row), str(reason)))
+        if len(records) + len(quarantined) == before:
+            raise UserError(f"data.path: '{path}' has no rows")
+    return Reading(tuple(records), tuple(quarantined))
+
+
+# --- places: what a path names -------------------------------------------------------------------------------------------------
+
+
+def _places(paths: Sequence[str], split: str) -> list[tuple[str, Rows]]:
+    places = [place for path in paths for place in _expand(path, split)]
+    twice = [path for path, count in Counter(os.path.abspath(path) for path, _ in places).items() if count > 1]
+    if twice or not places:
+        raise UserError(f"data.path: '{twice[0]}' is given twice" if twice else "data.path: names no file")
+    return places
+
+
+def _expand(path: str, split: str) -> list[tuple[str, Rows]]:
+    if path.startswith("hub:"):
+        return [(path, _hub(path.removeprefix("hub:"), split))]
+    if path.startswith("tfds:"):
+        return [(path, _tfds(path.removeprefix("tfds:"), split))]
+    local = os.path.expanduser(path)
+    if os.path.isdir(local):
+        names = [name for name in sorted(os.listdir(local)) if _extension(name) in FORMATS and not name.startswith(".")]
+        if "dataset_info.json" in names and "features.json" in names:
+            raise UserError(f"data.path: '{path}' is a TFDS folder; write 'tfds:{path}'")
+        if not names:
+            raise UserError(f"data.path: folder '{path}' holds no {', '.join(FORMATS)} file")
+        return [_file(os.path.join(local, name)) for name in names]
+    if os.path.exists(local):
+        return [_file(local)]
+    if glob.has_magic(local):
+        found = [name for name in sorted(glob.glob(local, recursive=True)) if os.path.isfile(name)]
+        if not found:
+            raise UserError(f"data.path: no file matches '{path}'")
+        return [_file(name) for name in found]
+    if HUB_NAME.fullmatch(path) and _extension(path) not in FORMATS and not os.path.isdir(os.path.dirname(path)):
+        return [(path, _hub(path, split))]
+    raise UserError(f"data.path: no such file '{path}'" + _nearest(local))
+
+
+def _file(path: str) -> tuple[str, Rows]:
+    extension = _extension(path)
+    if extension not in FORMATS:
+        raise UserError(f"data.path: '{path}' has the unknown extension '{extension}'; known: {', '.join(FORMATS)}")
+    return path, _guarded(path, FORMATS[extension](path))
+
+
+def _guarded(path: str, rows: Rows) -> Rows:
+    try:
+        yield from rows
+    except OSError as error:
+        raise UserError(f"data.path: cannot read '{path}': {error.strerror or error}") from None
+
+
+def _extension(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def _nearest(path: str) -> str:
+    folder, name = os.path.split(path)
+    if "://" in path:
+        return "; remote files must be copied to this machine first"
+    if not os.path.isdir(folder or "."):
+        return f"; there is no folder '{folder}' either"
+    near = difflib.get_close_matches(name, os.listdir(folder or "."), n=1)
+    return f"; did you mean '{os.path.join(folder, near[0])}'?" if near else "; a hub dataset is hub:org/name, a TFDS one tfds:name"
+
+
+# --- formats: from bytes to rows ------------------------------------------------------------------------------------------------
+
+
+def _json(path: str) -> Rows:
+    with open(path, "rb") as file:
+        data = file.read().removeprefix(b"\xef\xbb\xbf")
+    try:
+        rows = json.loads(data.decode()) if data.strip() else []
+    except UnicodeDecodeError as error:
+        line, column = data.count(b"\n", 0, error.start) + 1, error.start - data.rfind(b"\n", 0, error.start)
+        raise UserError(f"data.path: {path}:{line}:{column}: invalid UTF-8") from None
+    except json.JSONDecodeError as error:
+        hint = "; one object per line? then name it .jsonl" if error.msg == "Extra data" else ""
+        raise UserError(f"data.path: {path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}{hint}") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, nesting of thousands of levels
+        raise UserError(f"data.path: {path}:1:1: not valid JSON: {error}") from None
+    if not isinstance(rows, list):
+        raise UserError(f"data.path: {path}:1:1: holds {kind(rows)}; a .json file is an array of objects, [{{...}}, ...]")
+    yield from enumerate(rows, 1)
+
+
+def _jsonl(path: str) -> Rows:
+    with open(path, "rb") as file:
+        for line, data in enumerate(file, 1):  # bytes: only "\n" ends a line, while text may hold U+2028 and the like
+            data = data.removeprefix(b"\xef\xbb\xbf") if line == 1 else data
+            if data.strip():
+                yield line, _json_line(data)
+
+
+def _json_line(data: bytes) -> object:
+    try:
+        return json.loads(data.decode())
+    except UnicodeDecodeError as error:
+        return BadRow(f"invalid UTF-8 at byte {error.start + 1} of the line")
+    except json.JSONDecodeError as error:
+        return BadRow(f"not valid JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"not valid JSON: {error}")
+
+
+def _csv(path: str) -> Rows:
+    csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is shorter than some conversations
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        header: list[str] = []
+        while True:
+            line = reader.line_num + 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield line, BadRow(f"not valid CSV: {error}; is a quote left open, or not doubled?")
+                continue
+            if header and cells:
+                yield line, _csv_row(header, cells)
+            header = header or cells
+
+
+def _csv_row(header: list[str], cells: list[str]) -> object:
+    if len(cells) != len(header):
+        return BadRow(f"has {len(cells)} cells where the header has {len(header)}")
+    if not is_unicode("".join(cells)):  # what `surrogateescape` made of bytes that are not UTF-8
+        return BadRow("invalid UTF-8")
+    row: dict[str, Any] = dict(zip(header, cells, strict=True))
+    for key in {"messages", "data"} & row.keys():  # lists are written as JSON in a cell
+        row[key] = _json_line(row[key].encode()) if row[key] else None
+    return row
+
+
+def _parquet(path: str) -> Rows:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            yield from _arrow_rows(file.iter_batches(batch_size=1024))
+    except pa.ArrowException as error:
+        raise UserError(f"data.path: '{path}' is not readable as parquet: {_one_line(error)}") from None
+
+
+def _arrow_rows(batches: Iterable[Any]) -> Rows:
+    line = 0
+    for batch in batches:
+        try:
+            rows: list[object] = batch.to_pylist()
+        except ValueError:  # some cell is no text, or no date that Python has: find its row
+            rows = [_arrow_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
+        yield from enumerate(rows, line + 1)
+        line += len(rows)
+
+
+def _arrow_row(one_row: Any) -> object:
+    try:
+        return one_row.to_pylist()[0]
+    except UnicodeDecodeError:
+        return BadRow("invalid UTF-8")
+    except ValueError as error:
+        return BadRow(f"a cell cannot be read: {_one_line(error)}")
+
+
+def _hub(name: str, split: str) -> Rows:
+    import datasets
+
+    try:
+        table = datasets.load_dataset(name, split=split)
+    except Exception as error:  # noqa: BLE001 - the border to the hub: whatever it raises, the user gets one line
+        raise UserError(f"data.path: hub dataset '{name}', split '{split}': {_hub_fault(error, name)}") from None
+    yield from _arrow_rows(table.with_format("arrow").iter(batch_size=1024))
+
+
+def _hub_fault(error: Exception, name: str) -> str:
+    text = _one_line(error)
+    if re.search(r"gated|\b40[13]\b", text):
+        return f"accept the licence on its page, https://huggingface.co/datasets/{name}, then set HF_TOKEN"
+    if isinstance(error, ConnectionError) or "offline" in text.lower():
+        return "the hub cannot be reached from here, and the dataset is not in the cache"
+    if type(error).__name__ == "DatasetNotFoundError":
+        return "no such dataset on the hub, and no such file here; a private one needs HF_TOKEN"
+    return text
+
+
+def _tfds(name: str, split: str) -> Rows:
+    import tensorflow_datasets as tfds
+
+    folder = os.path.expanduser(name)
+    is_folder = os.path.isdir(folder)
+    if is_folder and not os.path.exists(os.path.join(folder, "dataset_info.json")):
+        versions = sorted(glob.glob(os.path.join(glob.escape(folder), "**", "dataset_info.json"), recursive=True))
+        hint = f"; did you mean 'tfds:{os.path.dirname(versions[-1])}'?" if versions else ""
+        raise UserError(f"data.path: no dataset_info.json in '{name}'{hint}")
+    if not is_folder and name.startswith(("/", ".", "~")):
+        raise UserError(f"data.path: no such folder '{name}'{_nearest(folder)}")
+    try:
+        source = tfds.builder_from_directory(folder).as_data_source(split=split) if is_folder else tfds.data_source(name, split=split)
+    except Exception as error:  # noqa: BLE001 - the border to TFDS: unknown names, unknown splits, files of another format
+        raise UserError(f"data.path: TFDS dataset '{name}', split '{split}': {_one_line(error)}") from None
+    for index in range(len(source)):
+        try:
+            yield index + 1, _plain(source[index])
+        except UnicodeDecodeError:
+            yield index + 1, BadRow("invalid UTF-8")
+
+
+def _plain(value: Any) -> Any:
+    """TFDS values as JSON would have them."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+FORMATS: dict[str, Callable[[str], Rows]] = {".json": _json, ".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".parquet": _parquet}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

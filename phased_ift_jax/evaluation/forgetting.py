@@ -1,0 +1,42 @@
+"""The forgetting matrix: after each phase, how well every difficulty is known. Rows: "base", then each phase; columns: bins.
+
+Kept in `forgetting.json` in the run's folder, one entry a row, rewritten whole when a row is added.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+def exact_match(answers: Sequence[tuple[str, str]]) -> float:
+    """Share of (expected, given) pairs that are equal but for white space at the ends."""
+    return sum(expected.strip() == given.strip() for expected, given in answers) / len(answers)
+
+
+class ForgettingMatrix:
+    """Rows of measurements by bin: {"after": name, "loss": {bin: nats per token}, "exact_match": {bin: share} where measured}."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+
+    def __contains__(self, after: object) -> bool:
+        return any(row["after"] == after for row in self.rows)
+
+    def add(self, after: str, **measures: Mapping[str, float]) -> None:
+        """Add a row and save the matrix; a measure without values is left out."""
+        self.rows.append({"after": after} | {name: dict(values) for name, values in measures.items() if values})
+        aside = self.path.with_name(self.path.name + ".part")
+        aside.write_text(json.dumps({"rows": self.rows}, indent=1) + "\n", encoding="utf-8")
+        os.replace(aside, self.path)
+
+    def table(self, measure: str, form: str) -> list[list[str]]:
+        """Cells of one measure, with a header; `form` is a format such as ".3f" or ".0%". Empty where nothing was measured."""
+        rows = [row for row in self.rows if measure in row]
+        if not rows:
+            return []
+        bins = list(rows[0][measure])
+        return [[f"{measure.replace('_', ' ')} after", *bins]] + [[row["after"], *(format(row[measure][name], form) for name in bins)] for row in rows]

@@ -1,0 +1,27 @@
+"""Download scored Alpaca, raw Alpaca or the six test sets, each checked by its SHA-256.
+
+    python -m phased_ift_jax.fetch alpaca-scored --out data/
+
+A download that was interrupted goes on where it stopped; a file that is there and right is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from phased_ift_jax import cli
+from phased_ift_jax.data import sources
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = cli.Parser(prog="fetch", description=__doc__)
+    parser.add_argument("what", choices=list(sources.COLLECTIONS), help="what to download")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the files; made if it is not there")
+    parser.add_argument("--base_url", metavar="URL", help="a mirror: stands in for scheme and host of every address")
+    args = parser.parse_args(argv)
+    sources.fetch(args.what, args.out, args.base_url)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,98 @@
+"""Attention and rotary positions, in the order of Hugging Face checkpoints."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding: base `theta`, and the scaling of long-context checkpoints by its Hugging Face name.
+
+    `default` scales nothing; `linear` divides positions by `factor`; `llama3` keeps short wavelengths, divides long ones by `factor`
+    and blends between (`transformers.modeling_rope_utils`, Llama 3.1).
+    """
+
+    theta: float = 10_000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def frequencies(self, head_dim: int) -> np.ndarray:
+        """Radians per position of each pair of coordinates, float32, shape (H/2,)."""
+        inverse = 1.0 / self.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+        if self.kind == "linear":
+            inverse = inverse / self.factor
+        if self.kind == "llama3":
+            wavelength = 2 * math.pi / inverse
+            short = self.original_max_position_embeddings / self.high_freq_factor
+            long = self.original_max_position_embeddings / self.low_freq_factor
+            blend = (self.original_max_position_embeddings / wavelength - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+            blended = (1 - blend) * inverse / self.factor + blend * inverse
+            inverse = np.where(wavelength > long, inverse / self.factor, np.where(wavelength < short, inverse, blended))
+        return inverse.astype(np.float32)
+
+
+def rotations(rope: Rope, head_dim: int, positions_BT: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines for `rotate`, each (B, T, 1, H), computed in at least float32 and rounded to `dtype` as transformers does."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    angles_BTH = positions_BT[..., None].astype(wide) * jnp.asarray(rope.frequencies(head_dim), wide)
+    angles_BT1H = jnp.concatenate([angles_BTH, angles_BTH], axis=-1)[:, :, None, :]
+    return jnp.cos(angles_BT1H).astype(dtype), jnp.sin(angles_BT1H).astype(dtype)
+
+
+def rotate(x_BTNH: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turn each pair (i, i + H/2) of a head's coordinates by its position's angle."""
+    cos, sin = rotation
+    first, second = jnp.split(x_BTNH, 2, axis=-1)
+    return x_BTNH * cos + jnp.concatenate([-second, first], axis=-1) * sin
+
+
+def attend_packed(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, window: int | None) -> jax.Array:
+    """Causal attention inside the examples of packed rows: each query sees its own example, up to itself, `window` keys at most.
+
+    A window of W is W keys, the query's own included, as in transformers. Queries go in blocks, each over only those keys that causality
+    and window leave it, and recomputed in the backward pass: half the work of a full square, and no (T, T) array is ever kept.
+    """
+    T = q_BTNH.shape[1]
+    size = max(64, -(-T // 512) * 32)  # at most 16 blocks, so that the compiled step stays small
+    outputs = []
+    for start in range(0, T, size):
+        queries = slice(start, min(T, start + size))
+        keys = slice(0 if window is None else max(0, start - window + 1), queries.stop)
+
+        def block(q: jax.Array, k: jax.Array, v: jax.Array, query_segments: jax.Array, key_segments: jax.Array, queries: slice = queries, keys: slice = keys) -> jax.Array:
+            distance_TS = jnp.arange(queries.start, queries.stop)[:, None] - jnp.arange(keys.start, keys.stop)
+            seen_TS = (distance_TS >= 0) & (distance_TS < (window or T))
+            return attend(q, k, v, seen_TS & (query_segments[:, :, None] == key_segments[:, None, :]))
+
+        outputs.append(jax.checkpoint(block)(q_BTNH[:, queries], k_BTKH[:, keys], v_BTKH[:, keys], segments_BT[:, queries], segments_BT[:, keys]))
+    return jnp.concatenate(outputs, axis=1)
+
+
+def cache_mask(positions_BT: jax.Array, slots: int, window: int | None) -> jax.Array:
+    """What queries at these positions may see of a cache whose slot s holds position s: bool (B, T, S)."""
+    distance_BTS = positions_BT[..., None] - jnp.arange(slots)
+    return (distance_BTS >= 0) & (distance_BTS < (window or slots))
+
+
+def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """Softmax attention with grouped heads, logits and softmax in at least float32. Returns (B, T, N, H) in q's dtype.
+
+    A masked key weighs exactly 0.0, so what it holds cannot change the result in one bit.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    logits_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=wide) * H**-0.5
+    logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, jnp.finfo(wide).min)
+    weights_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(B, T, N, H)

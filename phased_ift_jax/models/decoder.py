@@ -1,0 +1,215 @@
+"""The one decoder behind every family: RMSNorm, rotary grouped-query attention, SwiGLU, layers stacked and scanned.
+
+NNX modules live here and nowhere else. Outside, a model is a `DecoderConfig`, a pytree of parameters (nested dicts, dims as in
+`parameter_dims`) and pure functions: `init_params`, `hidden_states`, `logits`, and `cached_step` for generation.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from phased_ift_jax.models.attention import Rope, attend, attend_packed, cache_mask, rotate, rotations
+
+Params = dict[str, Any]
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # queries, keys, values; what is masked, it knows
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and numbers of one model; the letters are the house's legend."""
+
+    vocab_size: int  # V
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_layers: int  # L
+    num_heads: int  # N
+    num_kv_heads: int  # K
+    head_dim: int  # H
+    rope: Rope = Rope()
+    rms_norm_eps: float = 1e-5
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    @property
+    def matmul_parameters(self) -> int:
+        """Parameters that every token is multiplied with: all but the input embedding's lookup and the norms."""
+        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size) + self.vocab_size * self.hidden_size
+
+    def train_flops(self, tokens: int, attended: int) -> float:
+        """Floating-point operations of forward and backward: 6 per parameter and token, 12 N H L per (query, key) pair attended."""
+        return 6.0 * self.matmul_parameters * tokens + 12.0 * self.num_layers * self.num_heads * self.head_dim * attended
+
+
+class Cache(NamedTuple):
+    """Keys and values of generation, each (L, B, S, K, H); slot s holds position s."""
+
+    k_LBSKH: jax.Array
+    v_LBSKH: jax.Array
+
+
+def parameter_dims(config: DecoderConfig) -> dict[str, Any]:
+    """The dims of every parameter, in the legend's letters, as the tree that `init_params` makes."""
+    layers = {
+        "attention": {"q": "LDNH", "k": "LDKH", "v": "LDKH", "o": "LNHD"},
+        "mlp": {"gate": "LDF", "up": "LDF", "down": "LFD"},
+        "attention_norm": "LE",
+        "mlp_norm": "LE",
+    }
+    head = {} if config.tie_word_embeddings else {"lm_head": "DV"}
+    return {"embed": "VD", "layers": layers, "norm": "E"} | head
+
+
+def parameter_shapes(config: DecoderConfig, dtype: jnp.dtype) -> Params:
+    """The same tree as `jax.ShapeDtypeStruct`s."""
+    c = config
+    sizes = {"V": c.vocab_size, "D": c.hidden_size, "E": c.hidden_size, "F": c.intermediate_size, "L": c.num_layers, "N": c.num_heads, "K": c.num_kv_heads, "H": c.head_dim}
+    return jax.tree.map(lambda dims: jax.ShapeDtypeStruct(tuple(sizes[letter] for letter in dims), dtype), parameter_dims(config))
+
+
+def init_params(config: DecoderConfig, key: jax.Array, dtype: jnp.dtype) -> Params:
+    """Random parameters as transformers draws them: normal with `initializer_range`, norms at one. Jit it with out_shardings."""
+    shapes, structure = jax.tree.flatten(parameter_shapes(config, dtype))
+    dims = jax.tree.leaves(parameter_dims(config))
+    keys = jax.random.split(key, len(shapes))
+    leaves = [
+        jnp.ones(leaf.shape, dtype) if letters.endswith("E") else (config.initializer_range * jax.random.normal(k, leaf.shape, jnp.float32)).astype(dtype)
+        for k, leaf, letters in zip(keys, shapes, dims, strict=True)
+    ]
+    return jax.tree.unflatten(structure, leaves)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale, the mean square in at least float32 (Zhang and Sennrich, 2019; rounding as in transformers)."""
+
+    def __init__(self, scale: Any, eps: float) -> None:
+        self.scale = nnx.Param(scale)
+        self.eps = eps
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        wide = x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return self.scale[...] * normed.astype(x_BTD.dtype)
+
+
+class Attention(nnx.Module):
+    """Projections around attention; with a cache slice, this call's keys and values are written to their slots first."""
+
+    def __init__(self, params: Params) -> None:
+        self.q, self.k, self.v, self.o = (nnx.Param(params[name]) for name in "qkvo")
+
+    def __call__(self, x_BTD: jax.Array, context: Context, cache: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        q_BTNH = rotate(jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q[...]), context.rotation)
+        k_BSKH = rotate(jnp.einsum("BTD,DKH->BTKH", x_BTD, self.k[...]), context.rotation)
+        v_BSKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.v[...])
+        if cache is not None:
+            rows = jnp.arange(x_BTD.shape[0])[:, None]
+            k_BSKH = cache[0].at[rows, context.positions_BT].set(k_BSKH)
+            v_BSKH = cache[1].at[rows, context.positions_BT].set(v_BSKH)
+            cache = (k_BSKH, v_BSKH)
+        y_BTNH = checkpoint_name(context.attend(q_BTNH, k_BSKH, v_BSKH), "attention")
+        return jnp.einsum("BTNH,NHD->BTD", y_BTNH, self.o[...]), cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer, 2020)."""
+
+    def __init__(self, params: Params) -> None:
+        self.gate, self.up, self.down = (nnx.Param(params[name]) for name in ("gate", "up", "down"))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.gate[...])
+        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.up[...])
+        return jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down[...])
+
+
+class Layer(nnx.Module):
+    """One pre-norm block. `Decoder` holds all of them as one, with a leading L on every parameter, and scans."""
+
+    def __init__(self, config: DecoderConfig, params: Params) -> None:
+        self.attention_norm = RMSNorm(params["attention_norm"], config.rms_norm_eps)
+        self.attention = Attention(params["attention"])
+        self.mlp_norm = RMSNorm(params["mlp_norm"], config.rms_norm_eps)
+        self.mlp = MLP(params["mlp"])
+
+    def __call__(self, x_BTD: jax.Array, context: Context, cache: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        attended_BTD, cache = self.attention(self.attention_norm(x_BTD), context, cache)
+        x_BTD = x_BTD + attended_BTD
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+
+
+class Context(NamedTuple):
+    """What all layers share in one call."""
+
+    positions_BT: jax.Array
+    rotation: tuple[jax.Array, jax.Array]
+    attend: Attend
+
+
+POLICIES = {
+    "save_attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "save_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Decoder(nnx.Module):
+    """Embedding, scanned layers and final norm; the head is `logits`, apart, so that a loss can apply it in chunks."""
+
+    def __init__(self, config: DecoderConfig, params: Params) -> None:
+        self.config = config
+        self.embed = nnx.Param(params["embed"])
+        self.layers = Layer(config, params["layers"])
+        self.norm = RMSNorm(params["norm"], config.rms_norm_eps)
+
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, attend: Attend, cache: Cache | None, gradient_checkpointing: str) -> tuple[jax.Array, Cache | None]:
+        x_BTD = jnp.take(self.embed[...], tokens_BT, axis=0)
+        context = Context(positions_BT, rotations(self.config.rope, self.config.head_dim, positions_BT, x_BTD.dtype), attend)
+        structure, stacked = nnx.split(self.layers)
+
+        def body(x: jax.Array, slices: tuple[Any, Any]) -> tuple[jax.Array, Any]:
+            return nnx.merge(structure, slices[0])(x, context, slices[1])
+
+        if gradient_checkpointing != "none":
+            body = jax.checkpoint(body, policy=POLICIES[gradient_checkpointing], prevent_cse=False)
+        x_BTD, slices = jax.lax.scan(body, x_BTD, (stacked, None if cache is None else tuple(cache)))
+        return self.norm(x_BTD), None if cache is None else Cache(*slices)
+
+
+def hidden_states(config: DecoderConfig, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array, gradient_checkpointing: str = "none") -> jax.Array:
+    """The final normed states (B, T, D) of packed rows; examples (equal segment numbers) attend as if each were alone."""
+    inside = functools.partial(attend_packed, segments_BT=segments_BT, window=config.sliding_window)
+    return Decoder(config, params)(tokens_BT, positions_BT, inside, None, gradient_checkpointing)[0]
+
+
+def unembedding(config: DecoderConfig, params: Params) -> jax.Array:
+    """The matrix (D, V) that turns hidden states into logits."""
+    return params["embed"].T if config.tie_word_embeddings else params["lm_head"]
+
+
+def logits(config: DecoderConfig, params: Params, hidden_BTD: jax.Array) -> jax.Array:
+    """Logits (B, T, V), accumulated in at least float32."""
+    wide = jnp.promote_types(hidden_BTD.dtype, jnp.float32)
+    return jnp.einsum("BTD,DV->BTV", hidden_BTD, unembedding(config, params), preferred_element_type=wide)
+
+
+def empty_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
+    """A cache of zeros for `batch` rows of at most `slots` tokens."""
+    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def cached_step(config: DecoderConfig, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    """States (B, T, D) of tokens at these positions, given what the cache holds of earlier ones; and the cache with them added."""
+    mask_BTS = cache_mask(positions_BT, cache.k_LBSKH.shape[2], config.sliding_window)
+    return Decoder(config, params)(tokens_BT, positions_BT, functools.partial(attend, mask_BTS=mask_BTS), cache, "none")

@@ -1,0 +1,86 @@
+"""The device mesh, and the one table from the legend of letters to its axes (floor 0).
+
+Every array dim has a letter (`q_BTNH`); `AXES` says over which mesh axis a dim of that letter is split. Layout is applied at the
+borders only: parameters by `tree_shardings`, batches by `put`, the single line that moves data from host to device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from phased_ift_jax.records import UserError
+
+if TYPE_CHECKING:
+    from phased_ift_jax.config import MeshConfig
+
+Tree = TypeVar("Tree")
+
+AXES: Mapping[str, str | tuple[str, ...] | None] = {
+    "A": None,  # accumulation steps
+    "B": ("data", "fsdp"),  # rows of a batch
+    "T": None,  # tokens of a row
+    "L": None,  # layers, scanned
+    "V": "tensor",  # vocabulary
+    "D": "fsdp",  # model width
+    "E": None,  # model width of a norm's scale: too small to be worth a gather
+    "N": "tensor",  # query heads
+    "K": "tensor",  # key/value heads
+    "H": None,  # head width
+    "F": "tensor",  # feed-forward width
+}
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes data, fsdp and tensor over all devices (or those given).
+
+    Raises:
+        UserError: the axis sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    fixed = int(np.prod([size for size in sizes if size != -1]))
+    if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
+        raise UserError(f"mesh: data {sizes[0]} x fsdp {sizes[1]} x tensor {sizes[2]} does not make {len(devices)} devices; set one axis to -1 to take those that remain")
+    sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
+    return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_rows(mesh: Mesh) -> int:
+    """How many devices share the rows of a batch: its row count must be a multiple of this."""
+    return int(mesh.shape["data"] * mesh.shape["fsdp"])
+
+
+def spec(dims: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The partition of an array with these dims; a dim that its axis does not divide is held whole on each device."""
+
+    def axis(letter: str, size: int) -> str | tuple[str, ...] | None:
+        names = AXES[letter]
+        devices = np.prod([mesh.shape[name] for name in ([names] if isinstance(names, str) else names or [])])
+        return names if size % devices == 0 else None
+
+    return PartitionSpec(*(axis(letter, size) for letter, size in zip(dims, shape, strict=True)))
+
+
+def tree_shardings(dims: Tree, shapes: Any, mesh: Mesh) -> Tree:
+    """Shardings, leaf by leaf, of a tree of arrays (or shapes) whose dims are spelt by a tree of strings."""
+    return jax.tree.map(lambda letters, leaf: NamedSharding(mesh, spec(letters, leaf.shape, mesh)), dims, shapes)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of a scalar or of anything small: whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put(tree: Tree, dims: str, mesh: Mesh) -> Tree:
+    """Move a tree of equally shaped host arrays to the mesh; a host hands over only the slices of its own devices."""
+
+    def one(array: np.ndarray) -> jax.Array:
+        sharding = NamedSharding(mesh, spec(dims, array.shape, mesh))
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(one, tree)

@@ -1,0 +1,112 @@
+"""Checkpoints of a run: `checkpoints/<index>-<phase>/<step>/`, each whole or not there, saved while training goes on.
+
+Orbax writes to a folder aside and renames it; the position (phase, epoch, step, complete) travels in the same commit. The checkpoint at
+the end of a phase is marked complete and, where the optimizer is reset, holds the weights alone: it can only start the next phase.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from phased_ift_jax.records import UserError
+
+Tree = TypeVar("Tree")
+
+
+@dataclass(frozen=True, order=True)
+class Position:
+    """How far a run is: `step` optimizer steps of phase `phase` (from 1) are done, in epoch `epoch` (from 0)."""
+
+    phase: int
+    step: int
+    epoch: int
+    complete: bool
+
+
+class Checkpoints:
+    """The checkpoints under one run's folder. At most one save is under way; what is old goes when the new one is committed."""
+
+    def __init__(self, root: Path, data_hash: str, keep: int) -> None:
+        self.root, self.data_hash, self.keep = root, data_hash, keep
+        self._saving: Any = None
+
+    def committed(self) -> list[tuple[Position, Path]]:
+        """Every whole checkpoint, oldest first."""
+        return sorted(self._committed(), key=lambda found: found[0])
+
+    def newest(self) -> tuple[Position, Path] | None:
+        """The checkpoint to go on from.
+
+        Raises:
+            UserError: the newest one was made from other data, or there are remains of checkpoints and none is whole.
+        """
+        found = self.committed()
+        if not found:
+            if self.root.exists() and any(self.root.glob("*/[0-9]*")) and not any(self.root.glob("*/*orbax-checkpoint-tmp*")):
+                raise UserError(f"output_dir: '{self.root}' holds no whole checkpoint; remove it to start anew")
+            return None
+        position, path = found[-1]
+        if self._metadata(path)["data_hash"] != self.data_hash:
+            raise UserError(f"data.path: the data have changed since '{path}' was saved; restore them, or choose another output_dir")
+        return position, path
+
+    def of_phase(self, folder: str) -> Path | None:
+        """The checkpoint that ended a phase, if it did."""
+        return next((path for position, path in self.committed() if position.complete and path.parent.name == folder), None)
+
+    def save(self, folder: str, position: Position, tree: Any) -> None:
+        """Start saving; the arrays are copied before this returns, so the next step may give up their buffers.
+
+        Raises:
+            Exception: the save before this one failed.
+        """
+        self.wait()
+        path = self.root / folder / str(position.step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = asdict(position) | {"data_hash": self.data_hash}
+        self._saving = ocp.save_async(path.absolute(), tree, overwrite=True, custom_metadata=metadata)
+
+    def wait(self) -> None:
+        """Wait until the save under way is committed, then remove what it made old."""
+        if self._saving is None:
+            return
+        saving, self._saving = self._saving, None
+        saving.result()
+        phases: dict[int, list[tuple[Position, Path]]] = {}
+        for position, path in self.committed():
+            phases.setdefault(position.phase, []).append((position, path))
+        for found in phases.values():
+            ended = [path for position, path in found if position.complete]
+            within = [path for position, path in found if not position.complete]
+            for path in within if ended else within[: -self.keep]:
+                shutil.rmtree(path)
+
+    def load(self, path: Path, shapes: Tree, shardings: Tree) -> Tree:
+        """The arrays of a checkpoint (or of the part of it that `shapes` spells) under these shardings.
+
+        Restored buffers pass through an identity jit: as orbax leaves them, they may be donated and yet not reused, which would hold
+        the state twice in the first step (jax issue 18617).
+        """
+        abstract = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)
+        with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))):
+            restored = ocp.load(path.absolute(), abstract)
+        return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings, donate_argnums=0)(restored)
+
+    def _committed(self) -> Iterator[tuple[Position, Path]]:
+        for path in self.root.glob("*/*"):
+            if re.fullmatch(r"[0-9]+", path.name) and (path / "commit_success.txt").exists():
+                metadata = self._metadata(path)
+                yield Position(**{name: metadata[name] for name in Position.__dataclass_fields__}), path
+
+    @staticmethod
+    def _metadata(path: Path) -> dict[str, Any]:
+        return ocp.metadata(path.absolute()).custom_metadata

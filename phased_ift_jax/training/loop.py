@@ -1,0 +1,334 @@
+"""The run: phases one after another, each started from the checkpoint that ended the one before.
+
+`prepare` reads everything and writes nothing; `train` does the rest, and goes on where an earlier call of it was stopped.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import yaml
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from phased_ift_jax.config import RunConfig, dump, load
+from phased_ift_jax.data.batches import Steps, batches
+from phased_ift_jax.data.dataset import Dataset, prepare as prepare_data, write_quarantine
+from phased_ift_jax.data.packing import choose_shapes
+from phased_ift_jax.data.tokenization import decode, load_tokenizer
+from phased_ift_jax.models import generation, hf_weights
+from phased_ift_jax.models.decoder import Params
+from phased_ift_jax.models.hf_folder import Folder, open_folder
+from phased_ift_jax.records import UserError
+from phased_ift_jax.sharding import batch_rows, make_mesh, put
+from phased_ift_jax.training.checkpoint import Checkpoints, Position
+from phased_ift_jax.training.metrics import MetricsLog, Rate, peak_flops
+from phased_ift_jax.training.plan import PhasePlan, Plan, attended_pairs, make_plan
+from phased_ift_jax.training.step import BATCH_DIMS, Trainer, TrainState
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved everything; the same command goes on."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A held-out prompt, the response of the data, and the model's."""
+
+    id: str
+    prompt: str
+    response: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out loss of each bin and, where asked for, greedy answers; both keyed by bin name."""
+
+    losses: dict[str, float]
+    answers: dict[str, list[Answer]]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Everything that a run is made of, read and checked, before anything is written."""
+
+    config: RunConfig
+    folder: Folder
+    tokenizer: Any
+    dataset: Dataset
+    mesh: Mesh
+    plan: Plan
+    trainers: dict[str, Trainer] = field(default_factory=dict)
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def attention(self) -> str:
+        """The attention kernel that `auto` stands for on this backend."""
+        return "xla"
+
+    def trainer(self, phase: PhasePlan) -> Trainer:
+        """One trainer, and so one compilation, for all phases whose optimizer is the same."""
+        optimizer = phase.training.model_dump(include={"optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"})
+        model = self.config.model
+        return self.trainers.setdefault(
+            str(optimizer),
+            Trainer(self.plan.model, phase.training, self.mesh, model.param_dtype, model.dtype, model.gradient_checkpointing),
+        )
+
+    def base_params(self) -> Params:
+        """The weights that training starts from, sharded as they are made or read."""
+        trainer = self.trainer(self.plan.phases[0])
+        if self.config.model.init == "random":
+            return trainer.init_params(self.config.seed)
+        return hf_weights.load(self.folder, trainer.shardings.params, trainer.param_dtype)
+
+    @cached_property
+    def held_out(self) -> list[tuple[str, np.ndarray]]:
+        """(bin name, positions of its held-out rows), bins without any left out."""
+        rows = [(name, self.dataset.held_out_rows(b)) for b, name in enumerate(self.dataset.bin_names, 1)]
+        return [(name, held) for name, held in rows if len(held)]
+
+
+def prepare(config: RunConfig) -> Run:
+    """Read and check everything that a run needs, and plan it. Writes nothing.
+
+    Raises:
+        UserError: of whatever is at fault in configuration, model folder, data, or an earlier run in output_dir.
+    """
+    _check_output(config)
+    folder = open_folder(config.model.model_name_or_path, config.model.revision, weights=config.model.init == "pretrained")
+    tokenizer = load_tokenizer(folder.path)
+    if len(tokenizer) > folder.config.vocab_size:
+        raise UserError(f"model.model_name_or_path: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {folder.config.vocab_size}")
+    dataset = prepare_data(config.data, config.curriculum, config.seed, tokenizer)
+    mesh = make_mesh(config.mesh)
+    return Run(config, folder, tokenizer, dataset, mesh, make_plan(config, dataset, folder.config, batch_rows(mesh)))
+
+
+def train(run: Run, report: Callable[[str, Evaluation], None], reported: Callable[[str], bool], profile: tuple[int, int] | None = None) -> None:
+    """Train what remains of the run, phase by phase, and export.
+
+    `report(after, evaluation)` is told of the held-out rows before training ("base") and after each phase (its folder name), unless
+    `reported(after)` says that it was told by an earlier call. `profile` is a range of optimizer steps to trace.
+
+    Raises:
+        Stopped: SIGINT or SIGTERM came, and everything is saved.
+        UserError: the run in output_dir was made with other settings or other data.
+    """
+    store = Checkpoints(run.output / "checkpoints", run.dataset.data_hash, run.config.checkpoint.save_total_limit)
+    found = store.newest()
+    position = found[0] if found else Position(0, 0, 0, complete=True)
+    if found:
+        print(f"going on from {found[1]} ({'phase complete' if position.complete else f'epoch {position.epoch + 1}'})", flush=True)
+    run.output.mkdir(parents=True, exist_ok=True)
+    (run.output / "config.yaml").write_text(dump(run.config), encoding="utf-8")
+    write_quarantine(run.dataset.quarantined, run.output / "quarantine.jsonl")
+    log = MetricsLog(run.output, run.config.logging, (position.phase, position.step), run.config.model_dump(mode="json"))
+    try:
+        with _stop_requests() as stop:
+            if run.held_out and not reported("base"):
+                report("base", evaluate(run, run.base_params()))
+            for phase in run.plan.phases:
+                trainer = run.trainer(phase)
+                done = (phase.phase.index, True) <= (position.phase, position.complete)
+                if not done:
+                    state, start = _begin(run, phase, trainer, store, position)
+                    _train_phase(run, phase, trainer, state, start, store, log, stop, profile)
+                    del state
+                _finish_phase(run, phase, trainer, store, report, reported)
+    finally:
+        store.wait()
+        log.close()
+
+
+def evaluate(run: Run, params: Params) -> Evaluation:
+    """Measure parameters on the held-out rows of every bin."""
+    trainer, config = run.trainer(run.plan.phases[0]), run.config
+    steps = {name: Steps(rows, config.training.global_batch_size, 1, ("evaluation", name)) for name, rows in run.held_out}
+    sizes = [run.plan.phases[0].lengths[s[i]] for s in steps.values() for i in range(len(s))]
+    shapes = choose_shapes(sizes, batch_rows(run.mesh), 1, float("inf"), config.data.packing)
+    losses = {}
+    for name, chosen in steps.items():
+        parts = [trainer.evaluate(params, put(batch, BATCH_DIMS, run.mesh)) for batch in batches(chosen, 0, run.dataset.examples, shapes)]
+        losses[name] = float(sum(float(loss) for loss, _ in parts) / sum(float(count) for _, count in parts))
+    answers = {name: _answers(run, params, rows) for name, rows in run.held_out} if config.evaluation.exact_match else {}
+    return Evaluation(losses, answers)
+
+
+def _answers(run: Run, params: Params, rows: np.ndarray) -> list[Answer]:
+    examples = [run.dataset.examples[row] for row in rows]
+    computing = jax.tree.map(lambda p: p.astype(run.config.model.dtype), params)
+    prompts = [example.tokens[: example.response_start] for example in examples]
+    generated = generation.greedy(run.plan.model, computing, prompts, run.config.evaluation.max_new_tokens, run.tokenizer.eos_token_id)
+    turns = [run.dataset.records[row].turns[-1] for row in rows]
+    return [
+        Answer(run.dataset.records[row].id, f"{turn.instruction}\n{turn.input}".rstrip("\n"), turn.response, decode(ids, run.tokenizer))
+        for row, turn, ids in zip(rows, turns, generated, strict=True)
+    ]
+
+
+def _begin(run: Run, phase: PhasePlan, trainer: Trainer, store: Checkpoints, position: Position) -> tuple[TrainState, int]:
+    """The state that a phase starts (or goes on) with, and the steps it has done."""
+    store.wait()
+    if position.phase == phase.phase.index:
+        path = store.root / phase.phase.folder / str(position.step)
+        return store.load(path, trainer.shapes, trainer.shardings), position.step
+    if phase.phase.index == 1:
+        return trainer.fresh(run.base_params()), 0
+    before = store.of_phase(run.plan.phases[phase.phase.index - 2].phase.folder)
+    assert before is not None, "a phase starts only after the one before it was saved"
+    if run.config.curriculum.optimizer_state == "keep":
+        return store.load(before, trainer.shapes, trainer.shardings), 0
+    return trainer.fresh(store.load(before, {"params": trainer.shapes.params}, {"params": trainer.shardings.params})["params"]), 0
+
+
+def _train_phase(
+    run: Run, phase: PhasePlan, trainer: Trainer, state: TrainState, start: int, store: Checkpoints, log: MetricsLog, stop: list[int], profile: tuple[int, int] | None
+) -> None:
+    """Train the steps of a phase from `start` on, saving as configured, and at its end."""
+    steps, rates = phase.steps, phase.learning_rates
+    before = sum(len(earlier.steps) for earlier in run.plan.phases[: phase.phase.index - 1])
+    rate, saved_at = Rate(peak_flops(list(run.mesh.devices.flat))), time.monotonic()
+    source = batches(steps, start, run.dataset.examples, phase.shapes, phase.training.gradient_accumulation_steps)
+    pending: tuple[dict[str, Any], dict[str, jax.Array]] | None = None
+    bar = tqdm(total=len(steps), initial=start, desc=phase.phase.folder, unit="step", dynamic_ncols=True, mininterval=0.5)
+
+    def flush() -> None:
+        """Log the step before: reading its numbers now does not hold up the one under way."""
+        if pending is None:
+            return
+        facts, metrics = pending
+        line = facts | {name: float(value) for name, value in metrics.items()} | rate.lap(facts["tokens"], facts.pop("flops"))
+        log.write(line, last=facts["step"] == len(steps))
+        shown = {"loss": f"{line['loss']:.3f}", "lr": f"{line['learning_rate']:.2e}", "tok/s": f"{line['tokens_per_second']:,.0f}"}
+        bar.set_postfix(shown | ({"mfu": f"{line['mfu']:.1%}"} if "mfu" in line else {}), refresh=False)
+        bar.update()
+
+    for step, batch in enumerate(source, start):
+        if profile and before + step == profile[0]:
+            jax.profiler.start_trace(str(run.output / "profile"))
+        learning_rate = put(np.asarray(rates[step], np.float32), "", run.mesh)
+        state, metrics = trainer.step(state, put(batch, BATCH_DIMS, run.mesh), learning_rate)
+        flush()
+        pending = _facts(run, phase, step, before, batch), metrics
+        if profile and before + step + 1 == profile[1]:
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()
+        done = step + 1
+        position = Position(phase.phase.index, done, done // steps.per_epoch, complete=done == len(steps))
+        if position.complete:
+            break
+        if stop or _due(run, done, saved_at):
+            store.save(phase.phase.folder, position, state)
+            saved_at = time.monotonic()
+        if stop:
+            flush()
+            bar.close()
+            store.wait()
+            raise Stopped
+    flush()
+    bar.close()
+    kept = state if run.config.curriculum.optimizer_state == "keep" else {"params": state.params}
+    store.save(phase.phase.folder, position, kept)
+    store.wait()
+
+
+def _finish_phase(run: Run, phase: PhasePlan, trainer: Trainer, store: Checkpoints, report: Callable[[str, Evaluation], None], reported: Callable[[str], bool]) -> None:
+    """Evaluate and export a phase that is trained and saved, unless that was done before."""
+    destination = run.output / "hf" / phase.phase.folder
+    last = phase.phase.index == len(run.plan.phases)
+    export = (last or run.config.export.after_each_phase) and not destination.exists()
+    measure = bool(run.held_out) and not reported(phase.phase.folder)
+    if not (export or measure):
+        return
+    path = store.of_phase(phase.phase.folder)
+    assert path is not None, "a phase ends with a checkpoint"
+    params = store.load(path, {"params": trainer.shapes.params}, {"params": trainer.shardings.params})["params"]
+    if measure:
+        report(phase.phase.folder, evaluate(run, params))
+    if export:
+        hf_weights.export(params, run.folder, destination, run.config.export.dtype)
+
+
+def _facts(run: Run, phase: PhasePlan, step: int, before: int, batch: Any) -> dict[str, Any]:
+    rows = phase.steps[step]
+    tokens = int(phase.lengths[rows].sum())
+    return {
+        "phase": phase.phase.name,
+        "phase_index": phase.phase.index,
+        "step": step + 1,
+        "epoch": (step + 1) / phase.steps.per_epoch,
+        "global_step": before + step + 1,
+        "learning_rate": float(phase.learning_rates[step]),
+        "examples": len(rows),
+        "tokens": tokens,
+        "response_tokens": int(phase.response_lengths[rows].sum()),
+        "real_token_share": tokens / batch.tokens_BT.size,
+        "row_length": batch.tokens_BT.shape[-1],
+        "flops": run.plan.model.train_flops(tokens, int(attended_pairs(phase.lengths[rows], run.plan.model.sliding_window).sum())),
+    }
+
+
+def _due(run: Run, done: int, saved_at: float) -> bool:
+    config = run.config.checkpoint
+    by_steps = config.save_steps is not None and done % config.save_steps == 0
+    return by_steps or (config.save_minutes is not None and time.monotonic() - saved_at >= 60 * config.save_minutes)
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM, noted in a list for the loop to see between two steps; a second one changes nothing."""
+    seen: list[int] = []
+    try:
+        old = {number: signal.signal(number, lambda received, _: seen.append(received)) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: a caller that embeds us keeps its own handlers
+        old = {}
+    try:
+        yield seen
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _check_output(config: RunConfig) -> None:
+    """Refuse an output_dir that holds something else, or a run with settings that would give another result."""
+    output = Path(config.output_dir)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output_dir: '{output}' is a file; name a folder")
+    saved = output / "config.yaml"
+    if not saved.exists():
+        if output.exists() and any(output.iterdir()):
+            raise UserError(f"output_dir: '{output}' is not empty and holds no run; name another folder")
+        return
+    for name in ("seed", "model", "data", "curriculum", "training", "mesh"):
+        then, now = ({name: tree[name]} for tree in (load(saved).model_dump(mode="json", by_alias=True), config.model_dump(mode="json", by_alias=True)))
+        for key in _differences(then, now):
+            was, is_now = (yaml.safe_dump(_at(tree, key), default_flow_style=True).split("\n")[0] for tree in (then, now))
+            raise UserError(f"{key}: the run in '{output}' was started with {was}, this is {is_now}; go back to that, or name another output_dir")
+
+
+def _differences(then: Any, now: Any, key: str = "") -> Iterator[str]:
+    if isinstance(then, dict) and isinstance(now, dict) and then.keys() == now.keys():
+        for name in then:
+            yield from _differences(then[name], now[name], f"{key}.{name}" if key else name)
+    elif then != now:
+        yield key
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree[part]
+    return tree

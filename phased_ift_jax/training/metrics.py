@@ -1,0 +1,117 @@
+"""What a run says of itself while it runs: metrics.jsonl, TensorBoard, W&B, and a progress bar with rate and time left."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from phased_ift_jax.config import LoggingConfig
+from phased_ift_jax.records import UserError
+
+# peak bf16 FLOP/s of one chip, from the makers' data sheets
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(devices: list[jax.Device]) -> float | None:
+    """Peak FLOP/s of these devices together, or None where the chip is not in the table."""
+    kind = devices[0].device_kind
+    name = max((name for name in PEAK_FLOPS if kind.startswith(name)), key=len, default=None)
+    return PEAK_FLOPS[name] * len(devices) if name else None
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one line a logged step, keyed by (phase index, step). Lines after a checkpoint go when a run resumes from it."""
+
+    def __init__(self, folder: Path, config: LoggingConfig, resume_after: tuple[int, int], settings: dict[str, Any]) -> None:
+        path = folder / "metrics.jsonl"
+        kept = [line for line in _whole_lines(path) if (line["phase_index"], line["step"]) <= resume_after]
+        aside = path.with_name(path.name + ".part")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(aside, path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._every = config.logging_steps
+        self._tensorboard = _tensorboard(folder / "tensorboard", kept[-1]["global_step"] + 1 if kept else 0) if "tensorboard" in config.report_to else None
+        self._wandb = _wandb(config.run_name or folder.name, folder, settings) if "wandb" in config.report_to else None
+
+    def write(self, line: dict[str, Any], last: bool = False) -> None:
+        """Log one step, if it is one of every `logging_steps` or the phase's last; numbers go to TensorBoard and W&B under their names."""
+        if line["step"] % self._every and not last:
+            return
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        numbers = {name: value for name, value in line.items() if isinstance(value, int | float) and name != "global_step"}
+        if self._tensorboard:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, line["global_step"])
+        if self._wandb:
+            self._wandb.log(numbers, step=line["global_step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+class Rate:
+    """Tokens and FLOPs per second since the last look, the compilation of a first step left out by the caller's `restart`."""
+
+    def __init__(self, peak: float | None) -> None:
+        self._peak = peak
+        self.restart()
+
+    def restart(self) -> None:
+        self._since = time.perf_counter()
+
+    def lap(self, tokens: int, flops: float) -> dict[str, float]:
+        """Facts of the step that just ended: seconds, tokens per second and, where the chip is known, MFU (causal attention)."""
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        facts = {"seconds": seconds, "tokens_per_second": tokens / seconds}
+        return facts | ({"mfu": flops / seconds / self._peak} if self._peak else {})
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file whose last may have been cut off by a kill."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def _tensorboard(folder: Path, purge_step: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError("logging.report_to: tensorboard needs `pip install tensorboardX`") from None
+    return SummaryWriter(str(folder), purge_step=purge_step)
+
+
+def _wandb(name: str, folder: Path, settings: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("logging.report_to: wandb needs `pip install wandb`") from None
+    return wandb.init(name=name, dir=str(folder), id=name, resume="allow", config=settings)

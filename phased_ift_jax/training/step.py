@@ -1,0 +1,125 @@
+"""The jitted train step: (state, batch, learning rate) -> (state, metrics), pure, with every sharding given.
+
+The loss is the mean over the trained tokens of the global batch. Accumulation parts, devices and packing only change where its terms
+are added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from phased_ift_jax.config import TrainingConfig
+from phased_ift_jax.models.decoder import DecoderConfig, Params, init_params, parameter_dims, parameter_shapes
+from phased_ift_jax.records import PackedBatch
+from phased_ift_jax.sharding import replicated, tree_shardings
+from phased_ift_jax.training.loss import summed_loss
+from phased_ift_jax.training.optimizer import apply, make_optimizer, state_shardings
+
+BATCH_DIMS = "ABT"
+jax.tree_util.register_dataclass(PackedBatch, ["tokens_BT", "targets_BT", "weights_BT", "segments_BT", "positions_BT"], [])
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state"], meta_fields=[])
+@dataclass(frozen=True)
+class TrainState:
+    """What a step changes. Which step it is, the host knows: (phase, step) is in the checkpoint beside it."""
+
+    params: Params
+    opt_state: Any
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A model on a mesh with one phase's settings: the functions that make, train and measure its state.
+
+    Equal settings give equal trainers; `compiled` functions are shared between phases by keeping one trainer for them.
+    """
+
+    model: DecoderConfig
+    training: TrainingConfig
+    mesh: Mesh
+    param_dtype: str = "float32"
+    dtype: str = "float32"
+    gradient_checkpointing: str = "none"
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self.training, parameter_dims(self.model))
+
+    @cached_property
+    def shapes(self) -> TrainState:
+        params = parameter_shapes(self.model, jnp.dtype(self.param_dtype))
+        return TrainState(params, jax.eval_shape(self.optimizer.init, params))
+
+    @cached_property
+    def shardings(self) -> TrainState:
+        params = tree_shardings(parameter_dims(self.model), self.shapes.params, self.mesh)
+        return TrainState(params, state_shardings(self.optimizer, self.shapes.params, params, self.mesh))
+
+    def init_params(self, seed: int) -> Params:
+        """Random parameters, made under their shardings."""
+        make = jax.jit(partial(init_params, self.model, dtype=jnp.dtype(self.param_dtype)), out_shardings=self.shardings.params)
+        return make(jax.random.key(seed))
+
+    def fresh(self, params: Params) -> TrainState:
+        """A state with these parameters and an optimizer that has seen nothing."""
+        return TrainState(params, jax.jit(self.optimizer.init, out_shardings=self.shardings.opt_state)(params))
+
+    @cached_property
+    def loss_and_gradients(self) -> Callable[[Params, PackedBatch], tuple[jax.Array, Params]]:
+        """Mean loss of a batch (A, B, T) and its gradients, each under its parameter's sharding."""
+        return jax.jit(self._loss_and_gradients, out_shardings=(replicated(self.mesh), self.shardings.params))
+
+    @cached_property
+    def step(self) -> Callable[[TrainState, PackedBatch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+        """One optimizer step; the state's buffers are given up to the new state."""
+
+        def step(state: TrainState, batch: PackedBatch, learning_rate: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+            loss, gradients = self._loss_and_gradients(state.params, batch)
+            params, opt_state = apply(self.optimizer, state.params, state.opt_state, gradients, learning_rate)
+            metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients)}
+            return TrainState(params, opt_state), metrics
+
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, replicated(self.mesh)))
+
+    @cached_property
+    def evaluate(self) -> Callable[[Params, PackedBatch], tuple[jax.Array, jax.Array]]:
+        """Summed loss of a batch's trained tokens, and how many there are."""
+
+        def evaluate(params: Params, batch: PackedBatch) -> tuple[jax.Array, jax.Array]:
+            params = self._computing(params)
+            sums = jax.lax.map(lambda part: summed_loss(self.model, params, part), batch)
+            return jnp.sum(sums), jnp.sum(batch.weights_BT)
+
+        return jax.jit(evaluate, out_shardings=replicated(self.mesh))
+
+    def _computing(self, params: Params) -> Params:
+        return jax.tree.map(lambda p: p.astype(self.dtype), params)
+
+    def _loss_and_gradients(self, params: Params, batch: PackedBatch) -> tuple[jax.Array, Params]:
+        trained = jnp.maximum(jnp.sum(batch.weights_BT), 1.0)
+
+        def part_loss(params: Params, part: PackedBatch) -> jax.Array:
+            total = summed_loss(self.model, self._computing(params), part, self.gradient_checkpointing)
+            return total / trained.astype(total.dtype)
+
+        def add(carry: tuple[jax.Array, Params], part: PackedBatch) -> tuple[tuple[jax.Array, Params], None]:
+            loss, gradients = jax.value_and_grad(part_loss)(params, part)
+            gradients = jax.lax.with_sharding_constraint(gradients, self.shardings.params)
+            return (carry[0] + loss, jax.tree.map(jnp.add, carry[1], gradients)), None
+
+        parts = batch.tokens_BT.shape[0]
+        if parts == 1:
+            loss, gradients = jax.value_and_grad(part_loss)(params, jax.tree.map(lambda x: x[0], batch))
+            return loss, jax.lax.with_sharding_constraint(gradients, self.shardings.params)
+        zero = jnp.zeros((), jnp.promote_types(self.dtype, jnp.float32))
+        (loss, gradients), _ = jax.lax.scan(add, (zero, jax.tree.map(jnp.zeros_like, params)), batch)
+        return loss, gradients
