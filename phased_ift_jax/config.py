@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from phased_ift_jax.foreign_keys import FOREIGN_KEYS
 from phased_ift_jax.records import UserError
@@ -26,7 +26,14 @@ TEMPLATES = ("user_assistant", "alpaca", "llama2_chat", "mistral_instruct", "tok
 class Section(BaseModel):
     """A frozen group of keys that refuses a key it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("true and false are not values of this key")
+        return value
 
 
 class ModelConfig(Section):
@@ -83,6 +90,8 @@ class Bins(Section):
             values = getattr(self, name)
             if list(values) != sorted(set(values)):
                 raise ValueError(f"{name} must rise, got {list(values)}; try {sorted(set(values))}")
+        if self.names is not None and len(self.names) != len(set(self.names)):
+            raise ValueError(f"two bins have the same name: {list(self.names)}")
         return self
 
 
@@ -124,9 +133,10 @@ class CurriculumConfig(Section):
         if len(names) != len(set(names)):
             raise ValueError(f"two phases have the same name: {names}")
         for phase in self.phases or ():
-            for key in phase.overrides:
-                if key not in TrainingConfig.model_fields:
-                    raise ValueError(f"phase {phase.name!r}: " + unknown_key_message(key, TrainingConfig.model_fields, "training."))
+            try:
+                TrainingConfig.model_validate(phase.overrides)
+            except ValidationError as error:
+                raise ValueError(f"phase {phase.name!r}: " + "; ".join(_faults(error, TrainingConfig, "training."))) from None
         return self
 
     @property
@@ -239,7 +249,7 @@ def load(path: str | Path, overrides: Iterable[tuple[str, str]] = ()) -> RunConf
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError("\n".join(_fault(item, tree) for item in error.errors())) from None
+        raise UserError("\n".join(_faults(error))) from None
 
 
 def dump(config: RunConfig) -> str:
@@ -254,8 +264,8 @@ def fields(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterable[t
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             yield from fields(info.annotation, key + ".")
         else:
-            default = "required" if info.is_required() else yaml.safe_dump(info.default, default_flow_style=True).split("\n")[0] if not isinstance(info.default, tuple) else str(list(info.default))
-            yield key, default, info.description or ""
+            default = list(info.default) if isinstance(info.default, tuple) else info.default
+            yield key, "required" if info.is_required() else yaml.safe_dump(default, default_flow_style=True).split("\n")[0], info.description or ""
 
 
 def unknown_key_message(key: str, known: Iterable[str], prefix: str = "") -> str:
@@ -265,6 +275,9 @@ def unknown_key_message(key: str, known: Iterable[str], prefix: str = "") -> str
     here = difflib.get_close_matches(key, list(known), n=1)
     if here:
         return f"unknown key {prefix}{key}; did you mean {prefix}{here[0]}?"
+    inside = [name for name, _, _ in fields() if name.startswith(f"{key}.")]
+    if inside:
+        return f"unknown key {prefix}{key}; its keys are {', '.join(inside)}"
     last = {name.rsplit(".", 1)[-1]: name for name, _, _ in fields()}
     near = difflib.get_close_matches(key, list(last), n=1)
     return f"unknown key {prefix}{key}" + (f"; did you mean {last[near[0]]}?" if near else f"; known here: {', '.join(known)}")
@@ -283,18 +296,45 @@ def _set(tree: dict[str, Any], dotted: str, text: str) -> None:
     tree[last] = value
 
 
-def _fault(error: Any, tree: dict[str, Any]) -> str:
-    location = [part for part in error["loc"] if not (isinstance(part, str) and (part.startswith(("literal", "function", "tuple", "union")) or part in ("int", "str", "float")))]
-    dotted = ".".join(str(part) for part in location)
-    if error["type"] == "extra_forbidden":
-        section: Any = RunConfig
-        for part in location[:-1]:
-            section = section.model_fields[part].annotation
-        known = [info.alias or name for name, info in section.model_fields.items()]
-        return unknown_key_message(str(location[-1]), known, "".join(f"{part}." for part in location[:-1]))
-    if error["type"] == "missing":
-        return f"{dotted}: missing; give it in the YAML or as --{dotted} VALUE"
-    message = error["msg"].removeprefix("Value error, ")
+def _faults(error: ValidationError, root: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """One line for each fault. For a value that may be of two kinds pydantic complains once for each; the complaint that reaches deepest stays."""
+    located = [(_location(item["loc"], root), item) for item in error.errors()]
+    faults: dict[tuple[int | str, ...], str] = {}
+    for location, item in located:
+        if not any(len(other) > len(location) and other[: len(location)] == location for other, _ in located):
+            faults.setdefault(location, _fault(item, location, root, prefix))
+    return list(faults.values())
+
+
+def _location(loc: tuple[int | str, ...], root: type[BaseModel]) -> tuple[int | str, ...]:
+    """The part of pydantic's location that the user wrote: it puts in the kinds that a value may be of."""
+    section: type[BaseModel] | None = root
+    location: list[int | str] = []
+    for part in loc:
+        if section is not None or isinstance(part, int) or part in PhaseConfig.model_fields:
+            location.append(part)
+        section = _section(section, part) if section is not None else None
+    return tuple(location)
+
+
+def _section(section: type[BaseModel], key: int | str) -> type[BaseModel] | None:
+    info = section.model_fields.get(str(key))
+    return info.annotation if info and isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel) else None
+
+
+def _fault(item: Any, location: tuple[int | str, ...], root: type[BaseModel], prefix: str) -> str:
+    dotted = prefix + ".".join(map(str, location))
+    given = item["input"]
+    if item["type"] == "extra_forbidden":
+        *path, key = location
+        section: Any = root
+        for part in path:
+            section = _section(section, part)
+        return unknown_key_message(str(key), [info.alias or name for name, info in section.model_fields.items()], prefix + "".join(f"{part}." for part in path))
+    if item["type"] == "missing":
+        return f"{dotted}: missing; give it in the YAML" + (f" or as --{dotted} VALUE" if dotted in {name for name, _, _ in fields()} else "")
+    if item["type"] == "model_type":
+        return f"{dotted}: should be a mapping of keys, got {given!r}"
+    message = item["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
     message = message[:1].lower() + message[1:]
-    given = error["input"]
     return f"{dotted}: {message}" + ("" if isinstance(given, dict | BaseModel) else f", got {given!r}")

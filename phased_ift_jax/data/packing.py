@@ -106,9 +106,9 @@ def choose_shapes(steps: Sequence[np.ndarray], rows_multiple: int, shapes: int, 
     `rows_multiple` is what the row count must divide by: devices that share rows x accumulation steps. `tau` is the row length, in
     tokens, at which attention costs as much as all matmuls.
     """
+    largest = max(len(step) for step in steps)
     if len(steps) > SAMPLED_STEPS:
         steps = [steps[i] for i in np.linspace(0, len(steps) - 1, SAMPLED_STEPS).astype(int)]
-    largest = max(len(step) for step in steps)
     lengths_SB = np.zeros((len(steps), largest), np.int64)
     for row, step in zip(lengths_SB, steps, strict=True):
         row[: len(step)] = np.sort(step)[::-1]

@@ -8,6 +8,7 @@ the rows.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from phased_ift_jax.config import Bins, CurriculumConfig, PhaseConfig
+from phased_ift_jax.config import NAME, Bins, CurriculumConfig, PhaseConfig
 from phased_ift_jax.data.batches import generator
 from phased_ift_jax.records import InstructionRecord, Phase, ScoredRecord, TokenizedExample, UserError
 
@@ -50,7 +51,7 @@ def assign_bins(bins: Bins, records: Sequence[Record], examples: Sequence[Tokeni
         return _listed(bins.from_, records)
     if bins.by == "file":
         number = {file: i for i, file in enumerate(files, 1)}
-        names = _names(bins, [Path(file).stem for file in files])
+        names = _names(bins, [re.sub(r"[^A-Za-z0-9_.+-]+", "_", Path(file).stem).lstrip("_.+-") or "file" for file in files])
         return Binning(names, np.array([number[plain(record).source.path] for record in records], np.int64))
     if bins.by == "score":
         values = [record.difficulty if isinstance(record, ScoredRecord) else None for record in records]
@@ -150,6 +151,9 @@ def _listed(path: str, records: Sequence[Record]) -> Binning:
         raise UserError(f"curriculum.bins.from: cannot read '{path}': {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f'curriculum.bins.from: \'{path}\' is not of the form {{"bins": [{{"name": "easy", "ids": ["1", "2"]}}]}}') from None
+    names = tuple(name for name, _ in named)
+    if len(set(names)) < len(names) or not all(re.match(NAME, name) for name in names):
+        raise UserError(f"curriculum.bins.from: the names of '{path}', {', '.join(map(repr, names))}, must be distinct and made of letters, digits and _.+-")
     number: dict[str, int] = {}
     for b, (name, ids) in enumerate(named, 1):
         for i in ids:
@@ -159,4 +163,4 @@ def _listed(path: str, records: Sequence[Record]) -> Binning:
     if unknown:
         raise UserError(f"curriculum.bins.from: '{path}' lists {len(unknown)} ids that the data does not have, such as {min(unknown)!r}")
     bin_of = np.array([number.get(plain(record).id, 0) for record in records], np.int64)
-    return Binning(tuple(name for name, _ in named), bin_of, f"its id is not in '{path}'")
+    return Binning(names, bin_of, f"its id is not in '{path}'")

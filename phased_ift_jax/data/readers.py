@@ -1,6 +1,6 @@
 """Files, hub datasets and TFDS folders as records, with every row accounted for (floor 1: knows no JAX).
 
-A path says where, a file's extension says in which format, and the keys of a row say what it is (`shapes`); no file name means anything.
+A path says where, a file's extension says in which format, and the keys of a row say what it is (`row_shapes`); no file name means anything.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from phased_ift_jax.data.shapes import BadRow, Ids, id_or_none, is_unicode, kind, record_of
+from phased_ift_jax.data.row_shapes import BadRow, Ids, id_or_none, is_unicode, kind, record_of
 from phased_ift_jax.records import InstructionRecord, Quarantined, Reading, ScoredRecord, Source, UserError
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -220,7 +220,7 @@ def _hub(name: str, split: str) -> Rows:
 
     try:
         table = datasets.load_dataset(name, split=split)
-    except Exception as error:  # noqa: BLE001 - the border to the hub: whatever it raises, the user gets one line
+    except Exception as error:  # the border to the hub: whatever it raises, the user gets one line
         raise UserError(f"data.path: hub dataset '{name}', split '{split}': {_hub_fault(error, name)}") from None
     yield from _arrow_rows(table.with_format("arrow").iter(batch_size=1024))
 
@@ -249,7 +249,7 @@ def _tfds(name: str, split: str) -> Rows:
         raise UserError(f"data.path: no such folder '{name}'{_nearest(folder)}")
     try:
         source = tfds.builder_from_directory(folder).as_data_source(split=split) if is_folder else tfds.data_source(name, split=split)
-    except Exception as error:  # noqa: BLE001 - the border to TFDS: unknown names, unknown splits, files of another format
+    except Exception as error:  # the border to TFDS: unknown names, unknown splits, files of another format
         raise UserError(f"data.path: TFDS dataset '{name}', split '{split}': {_one_line(error)}") from None
     for index in range(len(source)):
         try:

@@ -95,9 +95,9 @@ def _chat_template(record: InstructionRecord, tokenizer: Any) -> Rendered:
     text = ""
     for turn in record.turns:
         messages.append({"role": "user", "content": join_input(turn)})
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = _apply(tokenizer, messages, add_generation_prompt=True)
         messages.append({"role": "assistant", "content": turn.response})
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        whole = _apply(tokenizer, messages, add_generation_prompt=False)
         if not (prompt.startswith(text) and whole.startswith(prompt)):
             raise UserError("data.prompt_template: this tokenizer's chat template rewrites earlier text when a response is added; name a template instead")
         found = [(at, len(token)) for token in ends if (at := whole.find(token, len(prompt))) >= 0]
@@ -107,6 +107,16 @@ def _chat_template(record: InstructionRecord, tokenizer: Any) -> Rendered:
         spans.append((len(prompt), at + length))
         text = whole
     return Rendered(text[: spans[-1][1]], tuple(spans))
+
+
+def _apply(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    import jinja2
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except jinja2.TemplateError as error:  # not a template, or one that refuses a role or an order of roles
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(f"data.prompt_template: this tokenizer's chat template fails on roles {roles}: " + " ".join(str(error).split()) + "; name a template instead") from None
 
 
 TEMPLATES: dict[str, Template] = {

@@ -48,7 +48,9 @@ def tokenize(records: Sequence[InstructionRecord], tokenizer: Any, template: str
         reasons = [_unusable(record, control) for record in part]
         rendered = [None if reason else render(template, record, tokenizer) for record, reason in zip(part, reasons, strict=True)]
         encodings = iter(tokenizer.backend_tokenizer.encode_batch([text.text for text in rendered if text], add_special_tokens=False))
-        results: list[TokenizedExample | str] = [reason or _example(text, next(encodings), tokenizer, max_length, truncation) for text, reason in zip(rendered, reasons, strict=True)]
+        results: list[TokenizedExample | str] = [
+            reason or _example(text, next(encodings), tokenizer, max_length, truncation) for text, reason in zip(rendered, reasons, strict=True)
+        ]
         yield from _verified(part, results, tokenizer)
 
 
@@ -76,51 +78,59 @@ def _unusable(record: InstructionRecord, control: list[str]) -> str | None:
 
 def _example(rendered: Rendered, encoding: Any, tokenizer: Any, max_length: int, truncation: str) -> TokenizedExample | str:
     """An example, or the reason why there is none."""
-    starts = np.array([start for start, _ in encoding.offsets], np.int64)
-    ends = np.array([end for _, end in encoding.offsets], np.int64)
     tokens = np.array(encoding.ids, np.int32)
-    spans = []
-    for first, last in rendered.responses:
-        # bytes of one character share its offsets, so the span begins at the first token that ends after the prompt
-        begin = int(np.searchsorted(ends, first, side="right"))
-        end = int(np.searchsorted(ends, last, side="right"))
-        if begin == end or starts[begin] < first or ends[end - 1] != last:
-            return "prompt and response share a token under this template"
-        spans.append((begin, end))
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokens:
-        return f"the tokenizer does not know {encoding.offsets and rendered.text[slice(*encoding.offsets[encoding.ids.index(tokenizer.unk_token_id)])]!r}"
-    if tokens[0] != tokenizer.bos_token_id and rendered.text.startswith(tokenizer.bos_token):
+    if rendered.text.startswith(tokenizer.bos_token) and tokens[0] != tokenizer.bos_token_id:
         raise UserError("model.model_name_or_path: the tokenizer does not read its own beginning-of-sequence token")
+    written = (rendered.text[slice(*encoding.offsets[at])] for at in np.flatnonzero(tokens == tokenizer.unk_token_id))
+    unknown = next((text for text in written if text != tokenizer.unk_token), None)  # some tokenizers have one token for unk, BOS and EOS
+    if unknown is not None:
+        return f"the tokenizer does not know {unknown!r}"
+    spans = _token_spans(rendered.responses, encoding.offsets)
+    if spans is None:
+        return "prompt and response share a token under this template"
     if len(tokens) <= max_length:
-        return TokenizedExample(tokens, tuple(spans))
+        return TokenizedExample(tokens, spans)
     if truncation == "quarantine":
         return f"{len(tokens)} tokens, data.max_length is {max_length}"
     kept = tuple((begin, min(end, max_length)) for begin, end in spans if begin < max_length)
     if not kept:
         return f"a prompt of {spans[0][0]} tokens leaves no room for a response in data.max_length {max_length}"
-    return TokenizedExample(tokens[:max_length], kept, truncated=True)
+    return TokenizedExample(tokens[: kept[-1][1]], kept, truncated=True)
 
 
-def _verified(records: Sequence[InstructionRecord], results: list[TokenizedExample | str], tokenizer: Any) -> Iterator[TokenizedExample | Quarantined]:
+def _token_spans(responses: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...] | None:
+    """Character spans as token spans, or None where a token lies across the border of one."""
+    starts, ends = np.array(offsets, np.int64).T
+    spans = []
+    for first, last in responses:
+        # bytes of one character share its offsets, so a span begins at the first token that ends after `first`
+        begin, end = (int(at) for at in np.searchsorted(ends, (first, last), side="right"))
+        if begin == end or starts[begin] < first or ends[end - 1] != last:
+            return None
+        spans.append((begin, end))
+    return tuple(spans)
+
+
+def _verified(records: Sequence[InstructionRecord], results: Sequence[TokenizedExample | str], tokenizer: Any) -> Iterator[TokenizedExample | Quarantined]:
     """Check the law on every row, by decoding what is trained."""
-    examples = [result for result in results if isinstance(result, TokenizedExample)]
-    spans = [example.tokens[begin:end].tolist() for example in examples for begin, end in example.responses]
+    spans = [result.tokens[begin:end].tolist() for result in results if isinstance(result, TokenizedExample) for begin, end in result.responses]
     decoded = iter(tokenizer.backend_tokenizer.decode_batch(spans, skip_special_tokens=True))
     for record, result in zip(records, results, strict=True):
-        if isinstance(result, str):
-            yield Quarantined(record.source, record.id, result)
-            continue
-        texts = [next(decoded) for _ in result.responses]
-        broken = next((pair for pair in zip(texts, record.turns, strict=False) if not _same(*pair, result.truncated and pair[0] is texts[-1])), None)
-        yield result if broken is None else Quarantined(record.source, record.id, f"the response decodes to another text: {_difference(broken[0], broken[1].response)}")
+        reason = result if isinstance(result, str) else _other_text(record, [next(decoded) for _ in result.responses], result.truncated)
+        if reason is not None:
+            yield Quarantined(record.source, record.id, reason)
+        elif isinstance(result, TokenizedExample):
+            yield result
 
 
-def _same(text: str, turn: Any, prefix: bool) -> bool:
-    text, response = text.strip(), turn.response.strip()
-    # a truncated response may end within the bytes of one character, which decode to U+FFFD
-    return response.startswith(text.rstrip("\ufffd")) if prefix else text == response
-
-
-def _difference(text: str, response: str) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(text, response, strict=False)) if a != b), min(len(text), len(response)))
-    return f"{text[at : at + 20]!r} for {response[at : at + 20]!r}"
+def _other_text(record: InstructionRecord, texts: Sequence[str], truncated: bool) -> str | None:
+    """Where the trained texts differ from the responses, apart from white space around them; only the last of a truncated example may end early."""
+    for number, (text, turn) in enumerate(zip(texts, record.turns, strict=False), 1):
+        text, response = text.strip(), turn.response.strip()
+        if truncated and number == len(texts):
+            text = text.rstrip("\ufffd")  # what the first bytes of a character decode to
+            response = response[: len(text)].rstrip("\ufffd")
+        if text != response:
+            at = next((i for i, (a, b) in enumerate(zip(text, response, strict=False)) if a != b), min(len(text), len(response)))
+            return f"the response decodes to another text: {text[at : at + 20]!r} for {response[at : at + 20]!r}"
+    return None

@@ -97,7 +97,9 @@ class Checkpoints:
         the state twice in the first step (jax issue 18617).
         """
         abstract = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)
-        with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))):
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
             restored = ocp.load(path.absolute(), abstract)
         return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings, donate_argnums=0)(restored)
 

@@ -208,9 +208,10 @@ def _train_phase(
 
     def flush() -> None:
         """Log the step before: reading its numbers now does not hold up the one under way."""
+        nonlocal pending
         if pending is None:
             return
-        facts, metrics = pending
+        (facts, metrics), pending = pending, None
         line = facts | {name: float(value) for name, value in metrics.items()} | rate.lap(facts["tokens"], facts.pop("flops"))
         log.write(line, last=facts["step"] == len(steps))
         shown = {"loss": f"{line['loss']:.3f}", "lr": f"{line['learning_rate']:.2e}", "tok/s": f"{line['tokens_per_second']:,.0f}"}
@@ -232,10 +233,10 @@ def _train_phase(
         if position.complete:
             break
         if stop or _due(run, done, saved_at):
+            flush()  # what a checkpoint has trained is in the log before the checkpoint is
             store.save(phase.phase.folder, position, state)
             saved_at = time.monotonic()
         if stop:
-            flush()
             bar.close()
             store.wait()
             raise Stopped

@@ -1,0 +1,77 @@
+"""What the tests share: eight virtual CPU devices, the shared data, tiny models made by `transformers`, and a list of figures measured."""
+
+from __future__ import annotations
+
+import os
+
+# before jax is imported by anything: jax reads these once
+os.environ["JAX_PLATFORMS"] = "cpu"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+TINY = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data that lies beside the repository; it is not ours to copy into it."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"needs the shared data: no {SHARED_DATA}")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes model folders: `tiny_model("mistral", seed=1, dtype="bfloat16", max_shard_size="20KB", sliding_window=8)`; equal arguments share one.
+
+    Weights are random by `transformers`, then widened so that attention is far from uniform, and norms are moved off one: a rotation,
+    a window or a scale that is wrong shows. They are rounded to bfloat16, so that float32 and bfloat16 hold the same numbers.
+    """
+    made: dict[str, Path] = {}
+
+    def make(family: str = "llama", *, seed: int = 0, dtype: str = "float32", max_shard_size: str = "5GB", **sizes: object) -> Path:
+        torch = pytest.importorskip("torch", reason="models are made by transformers on torch")
+        import transformers
+
+        key = repr((family, seed, dtype, max_shard_size, sorted(sizes.items())))
+        if key not in made:
+            kind = {"llama": "Llama", "mistral": "Mistral"}[family]
+            config = getattr(transformers, f"{kind}Config")(**TINY | {"bos_token_id": 1, "eos_token_id": 2} | sizes)
+            torch.manual_seed(seed)
+            model = getattr(transformers, f"{kind}ForCausalLM")(config)
+            with torch.no_grad():
+                for name, weight in model.named_parameters():
+                    weight.copy_((1 + 0.3 * torch.randn_like(weight) if "norm" in name else 0.2 * torch.randn_like(weight)).bfloat16())
+            made[key] = tmp_path_factory.mktemp(family)
+            model.to(getattr(torch, dtype)).save_pretrained(made[key], max_shard_size=max_shard_size)
+        return made[key]
+
+    return make
+
+
+MEASURED: dict[str, float] = {}
+
+
+@pytest.fixture
+def measured() -> Callable[[str, float], None]:
+    """`measured(what, value)` notes a figure; the largest of each is printed at the end of the run, next to the bound it was held to."""
+
+    def note(what: str, value: float) -> None:
+        MEASURED[what] = max(MEASURED.get(what, 0.0), float(value))
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if MEASURED:
+        terminalreporter.section("largest figures measured")
+        for what, value in MEASURED.items():
+            terminalreporter.write_line(f"{what}: {value:.3g}")

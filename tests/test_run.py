@@ -1,0 +1,324 @@
+"""Laws of a whole run: phases in order, each from the one before; stopped and started again equals never stopped; nothing written on bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from phased_ift_jax import config as config_module
+from phased_ift_jax import train as train_verb
+from phased_ift_jax.data import batches
+from phased_ift_jax.evaluation.forgetting import ForgettingMatrix
+from phased_ift_jax.records import UserError
+from phased_ift_jax.training import loop
+from phased_ift_jax.training.checkpoint import Checkpoints
+from phased_ift_jax.training.schedule import scales
+
+ROOT = Path(__file__).parent.parent
+MICRO = {
+    "seed": 7,
+    "model": {"model_name_or_path": str(ROOT / "configs/quickstart/model"), "init": "random", "dtype": "float32"},
+    "data": {"max_length": 64, "eval_size": 8},
+    "curriculum": {"bins": {"by": "score", "thresholds": [1.5, 3.5], "names": ["easy", "medium", "hard"]}},
+    "training": {"num_train_epochs": 2, "global_batch_size": 8, "learning_rate": 1e-3},
+    "checkpoint": {"save_minutes": None, "save_steps": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    """A hundred rows of the quickstart's data, the last of each epoch's steps left uneven."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    path.write_text("".join((ROOT / "configs/quickstart/data.jsonl").read_text().splitlines(keepends=True)[:100]))
+    return path
+
+
+def make_config(rows: Path, output: Path, **changes) -> config_module.RunConfig:
+    tree = json.loads(json.dumps(MICRO)) | {"output_dir": str(output)}
+    tree["data"]["path"] = str(rows)
+    for key, value in changes.items():
+        section, _, name = key.rpartition("__")
+        node = tree
+        for part in section.split("__") if section else []:
+            node = node.setdefault(part, {})
+        node[name] = value
+    return config_module.RunConfig.model_validate(tree)
+
+
+def train(config: config_module.RunConfig) -> loop.Run:
+    run = loop.prepare(config)
+    matrix = ForgettingMatrix(run.output / "forgetting.json")
+    loop.train(run, lambda after, evaluation: matrix.add(after, loss=evaluation.losses), matrix.__contains__)
+    return run
+
+
+def final_weights(output: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    folder = sorted((output / "hf").iterdir())[-1]
+    return load_file(folder / "model.safetensors")
+
+
+def metrics(output: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+def assert_same_result(one: Path, other: Path) -> None:
+    a, b = final_weights(one), final_weights(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    assert metrics(one) == metrics(other)
+    assert (one / "forgetting.json").read_text() == (other / "forgetting.json").read_text()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(rows, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(make_config(rows, output))
+    return output
+
+
+def test_three_phases_leave_three_checkpoints_three_exports_and_a_matrix(undisturbed):
+    names = ["1-easy", "2-medium", "3-hard"]
+    assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == names
+    assert sorted(path.name for path in (undisturbed / "hf").iterdir()) == names
+    assert [row["after"] for row in ForgettingMatrix(undisturbed / "forgetting.json").rows] == ["base", *names]
+    store = Checkpoints(undisturbed / "checkpoints", "", 2)
+    assert [(position.phase, position.complete) for position, _ in store.committed()] == [(1, True), (2, True), (3, True)]
+
+
+def test_a_phase_end_holds_the_weights_alone(undisturbed):
+    from orbax.checkpoint import v1 as ocp
+
+    for _, path in Checkpoints(undisturbed / "checkpoints", "", 2).committed():
+        assert set(ocp.metadata(path.absolute()).metadata) == {"params"}
+
+
+def test_learning_rate_of_each_phase_is_its_closed_form(undisturbed):
+    """A step count kept across phases would start the next phase at the end of the schedule."""
+    for phase in (1, 2, 3):
+        trace = [line["learning_rate"] for line in metrics(undisturbed) if line["phase_index"] == phase]
+        np.testing.assert_array_equal(trace, (1e-3 * scales("cosine", len(trace), 0.1)).astype(np.float32))
+
+
+def test_saved_config_runs_as_it_is_and_finds_nothing_left_to_do(undisturbed):
+    before = {path: path.stat().st_mtime_ns for path in (undisturbed / "hf").rglob("*.safetensors")}
+    weights = final_weights(undisturbed)
+    train(config_module.load(undisturbed / "config.yaml"))
+    assert {path: path.stat().st_mtime_ns for path in (undisturbed / "hf").rglob("*.safetensors")} == before
+    np.testing.assert_array_equal(final_weights(undisturbed)["model.norm.weight"], weights["model.norm.weight"])
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_in_step(monkeypatch, crash_at: int) -> None:
+    """Let the optimizer step number `crash_at` of the whole run raise, as a machine that dies would."""
+    taken = [0]
+    real = loop.put
+
+    def put(tree, dims, mesh):
+        taken[0] += dims == loop.BATCH_DIMS and sys._getframe(1).f_code.co_name == "_train_phase"
+        if taken[0] == crash_at:
+            raise Crash
+        return real(tree, dims, mesh)
+
+    monkeypatch.setattr(loop, "put", put)
+
+
+@pytest.mark.parametrize("phase", [1, 2, 3])
+def test_interrupted_at_a_random_step_of_each_phase(rows, undisturbed, tmp_path, monkeypatch, phase):
+    """interrupted(k) == uninterrupted, bit for bit: weights, metrics, forgetting matrix."""
+    lengths = [len([line for line in metrics(undisturbed) if line["phase_index"] == p]) for p in (1, 2, 3)]
+    within = int(np.random.default_rng([phase, 11]).integers(1, lengths[phase - 1] + 1))
+    with monkeypatch.context() as patch:
+        crash_in_step(patch, sum(lengths[: phase - 1]) + within)
+        with pytest.raises(Crash):
+            train(make_config(rows, tmp_path / "run"))
+    train(make_config(rows, tmp_path / "run"))
+    assert_same_result(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("moment", ["evaluate", "export"])
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_interrupted_between_a_phase_and_the_next(rows, undisturbed, tmp_path, monkeypatch, moment, call):
+    """Resumed at a boundary, a phase is neither skipped nor trained twice, and what was missing after it is made up."""
+    owner = loop if moment == "evaluate" else loop.hf_weights
+    real, calls = getattr(owner, moment), [0]
+
+    def failing(*arguments):
+        calls[0] += 1
+        if calls[0] == call:
+            raise Crash
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, moment, failing)
+        with pytest.raises(Crash):
+            train(make_config(rows, tmp_path / "run"))
+    train(make_config(rows, tmp_path / "run"))
+    assert_same_result(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize(("state", "saved"), [("reset", {"params"}), ("keep", {"params", "opt_state"})])
+def test_next_phase_starts_from_the_checkpoint_of_the_one_before(rows, tmp_path, monkeypatch, state, saved):
+    """The weights that phase k + 1 first sees are those that phase k saved, and the moments are fresh or kept as asked."""
+    seen = []
+    real = loop._begin
+
+    def begin(run, phase, trainer, store, position):
+        result, start = real(run, phase, trainer, store, position)
+        seen.append((phase.phase.folder, jax.tree.map(np.asarray, result.params), jax.tree.map(np.asarray, result.opt_state)))
+        return result, start
+
+    monkeypatch.setattr(loop, "_begin", begin)
+    run = train(make_config(rows, tmp_path / "run", curriculum__optimizer_state=state))
+    trainer = run.trainer(run.plan.phases[0])
+    store = Checkpoints(run.output / "checkpoints", run.dataset.data_hash, 2)
+    for (before, *_), (_, params, opt_state) in zip(seen, seen[1:], strict=False):
+        shapes, shardings = {"params": trainer.shapes.params}, {"params": trainer.shardings.params}
+        loaded = store.load(store.of_phase(before), shapes, shardings)["params"]
+        jax.tree.map(np.testing.assert_array_equal, params, loaded)
+        moments = [leaf for leaf in jax.tree.leaves(opt_state) if leaf.ndim]
+        assert any(leaf.any() for leaf in moments) == (state == "keep")
+
+
+def test_arms_share_held_out_rows_and_train_what_they_say(rows, tmp_path):
+    runs = {arm: loop.prepare(make_config(rows, tmp_path / arm, curriculum__arm=arm)) for arm in ("phased", "one_off", "random")}
+    held = {tuple(np.flatnonzero(run.dataset.held_out)) for run in runs.values()}
+    assert len(held) == 1
+    trained = {arm: sorted(row for phase in run.dataset.phases for row in phase.rows) for arm, run in runs.items()}
+    assert trained["phased"] == trained["one_off"] == trained["random"]
+    assert [len(phase.rows) for phase in runs["random"].dataset.phases] == [len(phase.rows) for phase in runs["phased"].dataset.phases]
+
+
+@pytest.mark.parametrize("row_devices", [1, 2, 4, 8])
+def test_each_phase_trains_its_ids_once_an_epoch_in_the_same_order_on_any_number_of_devices(rows, tmp_path, row_devices):
+    """What the packed batches hold, read back segment by segment, is the order of the plan, which knows no devices."""
+    run = loop.prepare(make_config(rows, tmp_path / "run"))
+    plan = loop.make_plan(run.config, run.dataset, run.folder.config, row_devices)
+    for phase in plan.phases:
+        for step, batch in enumerate(batches.batches(phase.steps, 0, run.dataset.examples, phase.shapes)):
+            assert batch.tokens_BT.shape[1] % row_devices == 0
+            packed = sorted(
+                row_tokens[row_segments == segment].tolist()
+                for row_tokens, row_segments in zip(batch.tokens_BT[0], batch.segments_BT[0], strict=True)
+                for segment in range(1, row_segments.max() + 1)
+            )
+            assert packed == sorted(run.dataset.examples[row].tokens.tolist() for row in phase.steps[step])
+        for epoch in range(2):
+            ids = np.concatenate([phase.steps[i] for i in range(epoch * phase.steps.per_epoch, (epoch + 1) * phase.steps.per_epoch)])
+            assert sorted(ids) == sorted(phase.phase.rows)
+
+
+def test_held_out_prompts_of_the_quickstart_are_in_no_training_pool(tmp_path):
+    config = config_module.load(ROOT / "configs/quickstart.yaml", [("output_dir", str(tmp_path / "run"))])
+    cwd = os.getcwd()
+    os.chdir(ROOT)
+    try:
+        dataset = loop.prepare(config).dataset
+    finally:
+        os.chdir(cwd)
+    held = {dataset.records[row].turns[0].instruction for row in np.flatnonzero(dataset.held_out)}
+    assert len(held) == 3 * config.data.eval_size
+    for phase in dataset.phases:
+        assert not held & {dataset.records[row].turns[0].instruction for row in phase.rows}
+
+
+def test_bundled_quickstart_files_are_what_their_script_makes():
+    sys.path.insert(0, str(ROOT / "configs/quickstart"))
+    try:
+        import generate
+    finally:
+        sys.path.pop(0)
+    for path, text in generate.files().items():
+        assert (ROOT / "configs/quickstart" / path).read_text(encoding="utf-8") == text, path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training__learning_rate": 2e-3}, "training.learning_rate: the run in"),
+        ({"seed": 8}, "seed: the run in"),
+        ({"curriculum__arm": "random"}, "curriculum.arm: the run in"),
+    ],
+)
+def test_a_run_is_not_continued_with_settings_that_would_change_it(rows, undisturbed, changes, message):
+    with pytest.raises(UserError, match=message):
+        loop.prepare(make_config(rows, undisturbed, **changes))
+
+
+def test_a_run_is_not_continued_with_other_data(rows, undisturbed):
+    text = rows.read_text()
+    try:
+        rows.write_text(text.replace("Repeat", "Reverse", 1))
+        with pytest.raises(UserError, match=r"data\.path: the data have changed"):
+            train(make_config(rows, undisturbed))
+    finally:
+        rows.write_text(text)
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(rows, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        loop.prepare(make_config(rows, tmp_path / "run"))
+
+
+def _start(config_path: Path, log: Path) -> subprocess.Popen:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    with open(log, "a") as out:
+        return subprocess.Popen([sys.executable, "-m", "phased_ift_jax.train", str(config_path)], cwd=ROOT, env=environment, stdout=out, stderr=out)
+
+
+def _wait_for_steps(output: Path, process: subprocess.Popen, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (output / "metrics.jsonl").exists() and len((output / "metrics.jsonl").read_text().splitlines()) >= steps:
+            return
+        time.sleep(0.02)
+
+
+def test_killed_and_asked_to_stop_the_same_command_goes_on(rows, tmp_path):
+    """A process killed (-9) mid-phase and then asked to stop (SIGTERM: exit 75) ends where an undisturbed one does."""
+    (tmp_path / "alone.yaml").write_text(config_module.dump(make_config(rows, tmp_path / "alone", training__num_train_epochs=40)))
+    (tmp_path / "run.yaml").write_text(config_module.dump(make_config(rows, tmp_path / "run", training__num_train_epochs=40)))
+    log = tmp_path / "log"
+    alone = _start(tmp_path / "alone.yaml", log)
+    assert alone.wait(240) == 0, log.read_text()
+
+    killed = _start(tmp_path / "run.yaml", log)
+    _wait_for_steps(tmp_path / "run", killed, 20)
+    killed.kill()
+    assert killed.wait(60) == -signal.SIGKILL, log.read_text()
+
+    stopped = _start(tmp_path / "run.yaml", log)
+    done = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    _wait_for_steps(tmp_path / "run", stopped, done + 25)
+    stopped.send_signal(signal.SIGTERM)
+    assert stopped.wait(120) == 75, log.read_text()
+
+    assert _start(tmp_path / "run.yaml", log).wait(240) == 0, log.read_text()
+    assert "going on from" in log.read_text()
+    assert_same_result(tmp_path / "run", tmp_path / "alone")
+
+
+def test_the_verb_prints_the_plan_before_it_trains(rows, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(config_module.dump(make_config(rows, tmp_path / "run", evaluation__exact_match=True, training__num_train_epochs=1)))
+    assert train_verb.main([str(tmp_path / "run.yaml")]) == 0
+    told = capsys.readouterr().out
+    for fact in ("100 rows read = 100 used whole", "1-easy", "lr peak", "budget", "optimizer reset, schedule restarts", "exact match after", "loss after", "expected", "done:"):
+        assert fact in told, fact
+    assert told.index("budget") < told.index("before training")
