@@ -22,7 +22,13 @@ from phased_ift_jax.training.step import Trainer
 pytest.importorskip("torch", reason="bases are made by transformers on torch")
 safetensors = pytest.importorskip("safetensors", reason="exports are read back by the format's own library")
 
-BESIDE = {"tokenizer.model": b"\x00\x01pieces\xff", "tokenizer.json": b"{ }\n\n", "tokenizer_config.json": b'{"a":1}', "LICENSE.txt": b"may be used\r\n", "special_tokens_map.json": b"{}"}
+BESIDE = {
+    "tokenizer.model": b"\x00\x01pieces\xff",
+    "tokenizer.json": b"{ }\n\n",
+    "tokenizer_config.json": b'{"a":1}',
+    "special_tokens_map.json": b"{}",
+    "LICENSE.txt": b"may be used\r\n",
+}
 MESHES = {"one device": (1, 1, 1), "eight": (2, 2, 2), "eight in fsdp": (1, 8, 1), "fsdp and tensor": (1, 4, 2)}
 
 
@@ -183,7 +189,8 @@ def test_the_head_of_a_tied_checkpoint_is_left_aside(base: Callable[..., Path], 
     """Law: a tied model's file may hold a copy of its head and old rotary buffers; neither is a parameter, neither is exported."""
     path = base(tie_word_embeddings=True)
     before = contents(path)
-    rewrite(path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 0, "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}))
+    inv_freq = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    rewrite(path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 0} | inv_freq))
     folder = open_folder(str(path))
     params = loaded(folder)
     assert "lm_head" not in params

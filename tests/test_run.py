@@ -34,6 +34,18 @@ MICRO = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """The runs below compile the same steps again and again: once is enough."""
+    options = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Path:
     """A hundred rows of the quickstart's data, the last of each epoch's steps left uneven."""
@@ -278,7 +290,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(rows, tmp_path):
 
 
 def _start(config_path: Path, log: Path) -> subprocess.Popen:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(log.parent / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     with open(log, "a") as out:
         return subprocess.Popen([sys.executable, "-m", "phased_ift_jax.train", str(config_path)], cwd=ROOT, env=environment, stdout=out, stderr=out)
 
@@ -293,8 +305,8 @@ def _wait_for_steps(output: Path, process: subprocess.Popen, steps: int) -> None
 
 def test_killed_and_asked_to_stop_the_same_command_goes_on(rows, tmp_path):
     """A process killed (-9) mid-phase and then asked to stop (SIGTERM: exit 75) ends where an undisturbed one does."""
-    (tmp_path / "alone.yaml").write_text(config_module.dump(make_config(rows, tmp_path / "alone", training__num_train_epochs=40)))
-    (tmp_path / "run.yaml").write_text(config_module.dump(make_config(rows, tmp_path / "run", training__num_train_epochs=40)))
+    (tmp_path / "alone.yaml").write_text(config_module.dump(make_config(rows, tmp_path / "alone", training__num_train_epochs=20)))
+    (tmp_path / "run.yaml").write_text(config_module.dump(make_config(rows, tmp_path / "run", training__num_train_epochs=20)))
     log = tmp_path / "log"
     alone = _start(tmp_path / "alone.yaml", log)
     assert alone.wait(240) == 0, log.read_text()
@@ -306,7 +318,7 @@ def test_killed_and_asked_to_stop_the_same_command_goes_on(rows, tmp_path):
 
     stopped = _start(tmp_path / "run.yaml", log)
     done = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    _wait_for_steps(tmp_path / "run", stopped, done + 25)
+    _wait_for_steps(tmp_path / "run", stopped, done + 15)
     stopped.send_signal(signal.SIGTERM)
     assert stopped.wait(120) == 75, log.read_text()
 

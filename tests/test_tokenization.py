@@ -235,7 +235,7 @@ def test_a_prompt_is_spelt_once_in_the_whole_house() -> None:
     assert {path for path, _ in spelt} == {"data/templates.py"}
 
 
-def test_chat_template_in_chatml(llama2: Any, shared_data: Path) -> None:
+def test_chat_template_in_chatml(llama2: Any) -> None:
     tokenizer = load_tokenizer(Path(llama2.name_or_path))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHATML
@@ -247,14 +247,15 @@ def test_chat_template_in_chatml(llama2: Any, shared_data: Path) -> None:
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}], return_dict=False
     )
     assert one(record(Turn("Hi", "Ho"), system="Be brief."), tokenizer, "tokenizer").tokens.tolist() == whole[: whole.index(end, len(whole) - 4) + 1]
+    tokenizer.chat_template = CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    assert trained(one(POEM, tokenizer, "tokenizer"))[0][-1] == end  # the first control token ends a response, whatever comes behind it
     assert "control token '<|im_end|>'" in refused(record(Turn("a", "b <|im_end|>")), tokenizer, "tokenizer")
 
 
-def test_chat_template_like_llama2s(llama2: Any) -> None:
-    tokenizer = load_tokenizer(Path(llama2.name_or_path))
-    tokenizer.chat_template = LLAMA_CHAT
-    example = one(record(Turn("Hello there", " Hi!\n"), Turn("Thanks", "You are welcome")), tokenizer, "tokenizer")
-    assert [response_text(ids, tokenizer).strip() for ids in trained(example)] == ["Hi!", "You are welcome"]
+def test_chat_template_like_llama2s(llama2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama2, "chat_template", LLAMA_CHAT)
+    example = one(record(Turn("Hello there", " Hi!\n"), Turn("Thanks", "You are welcome")), llama2, "tokenizer")
+    assert [response_text(ids, llama2).strip() for ids in trained(example)] == ["Hi!", "You are welcome"]
     assert all(ids[-1] == EOS for ids in trained(example))
     assert (example.tokens == BOS).sum() == 1
 
@@ -269,11 +270,10 @@ def test_chat_template_like_llama2s(llama2: Any) -> None:
         ("{% for m in messages %}", "chat template fails"),
     ],
 )
-def test_an_unusable_chat_template_is_one_line(template: str | None, complaint: str, llama2: Any) -> None:
-    tokenizer = load_tokenizer(Path(llama2.name_or_path))
-    tokenizer.chat_template = template
+def test_an_unusable_chat_template_is_one_line(template: str | None, complaint: str, llama2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama2, "chat_template", template)
     with pytest.raises(UserError, match=complaint) as caught:
-        one(CHAT, tokenizer, "tokenizer")
+        one(CHAT, llama2, "tokenizer")
     assert str(caught.value).startswith("data.prompt_template: ")
     assert "\n" not in str(caught.value)
 

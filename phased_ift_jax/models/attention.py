@@ -77,6 +77,22 @@ def attend_packed(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segme
     return jnp.concatenate(outputs, axis=1)
 
 
+def attend_reference(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, window: int | None) -> jax.Array:
+    """What `attend_packed` computes, in the plainest way: one mask over the full square. Other kernels are compared with this one."""
+    T = q_BTNH.shape[1]
+    distance_TS = jnp.arange(T)[:, None] - jnp.arange(T)
+    seen_TS = (distance_TS >= 0) & (distance_TS < (window or T))
+    return attend(q_BTNH, k_BTKH, v_BTKH, seen_TS & (segments_BT[:, :, None] == segments_BT[:, None, :]))
+
+
+IMPLEMENTATIONS = {"xla": attend_packed, "reference": attend_reference}
+
+
+def implementation(name: str) -> str:
+    """The kernel that a configured name stands for; `auto` is the fastest one here that honours segments and window."""
+    return "xla" if name == "auto" else name
+
+
 def cache_mask(positions_BT: jax.Array, slots: int, window: int | None) -> jax.Array:
     """What queries at these positions may see of a cache whose slot s holds position s: bool (B, T, S)."""
     distance_BTS = positions_BT[..., None] - jnp.arange(slots)

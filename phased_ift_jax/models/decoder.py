@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from phased_ift_jax.models.attention import Rope, attend, attend_packed, cache_mask, rotate, rotations
+from phased_ift_jax.models.attention import IMPLEMENTATIONS, Rope, attend, cache_mask, implementation, rotate, rotations
 
 Params = dict[str, Any]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # queries, keys, values; what is masked, it knows
@@ -185,9 +185,18 @@ class Decoder(nnx.Module):
         return self.norm(x_BTD), None if cache is None else Cache(*slices)
 
 
-def hidden_states(config: DecoderConfig, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array, gradient_checkpointing: str = "none") -> jax.Array:
+def hidden_states(
+    config: DecoderConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    segments_BT: jax.Array,
+    positions_BT: jax.Array,
+    gradient_checkpointing: str = "none",
+    attn_implementation: str = "auto",
+) -> jax.Array:
     """The final normed states (B, T, D) of packed rows; examples (equal segment numbers) attend as if each were alone."""
-    inside = functools.partial(attend_packed, segments_BT=segments_BT, window=config.sliding_window)
+    kernel = IMPLEMENTATIONS[implementation(attn_implementation)]
+    inside = functools.partial(kernel, segments_BT=segments_BT, window=config.sliding_window)
     return Decoder(config, params)(tokens_BT, positions_BT, inside, None, gradient_checkpointing)[0]
 
 

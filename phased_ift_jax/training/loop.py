@@ -26,6 +26,7 @@ from phased_ift_jax.data.dataset import Dataset, prepare as prepare_data, write_
 from phased_ift_jax.data.packing import choose_shapes
 from phased_ift_jax.data.tokenization import decode, load_tokenizer
 from phased_ift_jax.models import generation, hf_weights
+from phased_ift_jax.models.attention import implementation
 from phased_ift_jax.models.decoder import Params
 from phased_ift_jax.models.hf_folder import Folder, open_folder
 from phased_ift_jax.records import UserError
@@ -76,8 +77,8 @@ class Run:
 
     @property
     def attention(self) -> str:
-        """The attention kernel that `auto` stands for on this backend."""
-        return "xla"
+        """The attention kernel that is used: what `auto` stands for on this backend."""
+        return implementation(self.config.model.attn_implementation)
 
     def trainer(self, phase: PhasePlan) -> Trainer:
         """One trainer, and so one compilation, for all phases whose optimizer is the same."""
@@ -85,7 +86,7 @@ class Run:
         model = self.config.model
         return self.trainers.setdefault(
             str(optimizer),
-            Trainer(self.plan.model, phase.training, self.mesh, model.param_dtype, model.dtype, model.gradient_checkpointing),
+            Trainer(self.plan.model, phase.training, self.mesh, model.param_dtype, model.dtype, model.gradient_checkpointing, model.attn_implementation),
         )
 
     def base_params(self) -> Params:

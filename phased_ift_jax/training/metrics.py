@@ -39,15 +39,15 @@ class MetricsLog:
     """`metrics.jsonl`: one line a logged step, keyed by (phase index, step). Lines after a checkpoint go when a run resumes from it."""
 
     def __init__(self, folder: Path, config: LoggingConfig, resume_after: tuple[int, int], settings: dict[str, Any]) -> None:
-        path = folder / "metrics.jsonl"
+        path, name = folder / "metrics.jsonl", config.run_name or folder.resolve().name
         kept = [line for line in _whole_lines(path) if (line["phase_index"], line["step"]) <= resume_after]
         aside = path.with_name(path.name + ".part")
         aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(aside, path)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._every = config.logging_steps
-        self._tensorboard = _tensorboard(folder / "tensorboard", kept[-1]["global_step"] + 1 if kept else 0) if "tensorboard" in config.report_to else None
-        self._wandb = _wandb(config.run_name or folder.name, folder, settings) if "wandb" in config.report_to else None
+        self._tensorboard = _tensorboard(folder / "tensorboard" / name, kept[-1]["global_step"] + 1 if kept else 0) if "tensorboard" in config.report_to else None
+        self._wandb = _wandb(name, folder, settings) if "wandb" in config.report_to else None
 
     def write(self, line: dict[str, Any], last: bool = False) -> None:
         """Log one step, if it is one of every `logging_steps` or the phase's last; numbers go to TensorBoard and W&B under their names."""

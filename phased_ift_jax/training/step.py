@@ -49,6 +49,7 @@ class Trainer:
     param_dtype: str = "float32"
     dtype: str = "float32"
     gradient_checkpointing: str = "none"
+    attn_implementation: str = "auto"
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
@@ -96,7 +97,7 @@ class Trainer:
 
         def evaluate(params: Params, batch: PackedBatch) -> tuple[jax.Array, jax.Array]:
             params = self._computing(params)
-            sums = jax.lax.map(lambda part: summed_loss(self.model, params, part), batch)
+            sums = jax.lax.map(lambda part: summed_loss(self.model, params, part, "none", self.attn_implementation), batch)
             return jnp.sum(sums), jnp.sum(batch.weights_BT)
 
         return jax.jit(evaluate, out_shardings=replicated(self.mesh))
@@ -108,7 +109,7 @@ class Trainer:
         trained = jnp.maximum(jnp.sum(batch.weights_BT), 1.0)
 
         def part_loss(params: Params, part: PackedBatch) -> jax.Array:
-            total = summed_loss(self.model, self._computing(params), part, self.gradient_checkpointing)
+            total = summed_loss(self.model, self._computing(params), part, self.gradient_checkpointing, self.attn_implementation)
             return total / trained.astype(total.dtype)
 
         def add(carry: tuple[jax.Array, Params], part: PackedBatch) -> tuple[tuple[jax.Array, Params], None]:
