@@ -78,8 +78,8 @@ class Reading:
 class TokenizedExample:
     """Token ids of one conversation and the half-open spans `[start, end)` of them that are trained.
 
-    A span holds one response and its end-of-sequence token, unless `truncated`: then the last span is a prefix of the
-    response without that token.
+    A span holds one response and its end-of-sequence token. In a `truncated` example the last span may be a prefix of its response,
+    without that token; turns that do not fit at all are gone.
     """
 
     tokens: np.ndarray  # int32, shape (T,)

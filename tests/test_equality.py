@@ -130,6 +130,14 @@ def test_packed_is_unpacked(dtype: str, same: Callable[..., None]) -> None:
     same("packed == unpacked", trainer_of(dtype=dtype), batch)
 
 
+def test_positions_restart_with_each_example() -> None:
+    """Law: within a segment positions are 0, 1, 2, ... (rotary attention itself only feels their differences)."""
+    batch = pack(examples(), PACKED)
+    for segments, positions in zip(batch.segments_BT[0], batch.positions_BT[0], strict=True):
+        for segment in range(1, segments.max() + 1):
+            np.testing.assert_array_equal(positions[segments == segment], np.arange((segments == segment).sum()))
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("parts", [2, 8])
 def test_accumulation_changes_nothing(parts: int, dtype: str, same: Callable[..., None]) -> None:

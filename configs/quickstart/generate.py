@@ -39,7 +39,7 @@ HARD = [*MEDIUM, "Shift", "Sort"]
 LEVELS: dict[str, tuple[list[str], int, int, float, float, float]] = {
     "easy": (EASY, 2, 3, 0.0, 1.0, 1.4),
     "medium": (MEDIUM, 2, 4, 0.0, 1.5, 3.4),
-    "hard": (HARD, 3, 4, 0.3, 3.5, 5.0),
+    "hard": (HARD, 2, 4, 0.3, 3.5, 5.0),
 }
 
 

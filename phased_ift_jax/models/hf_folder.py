@@ -72,7 +72,7 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
 
     patterns = ["*.json", "tokenizer*", "chat_template*", "merges.txt", "LICENSE*", "NOTICE*", "USE_POLICY*"] + ["*.safetensors"] * weights
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*"]))
     except errors.GatedRepoError:
         raise UserError(f"model.model_name_or_path: '{name}' is gated; accept the licence on its page, then set HF_TOKEN") from None
     except errors.RepositoryNotFoundError:

@@ -74,9 +74,7 @@ class Tensors:
     """The tensors of a safetensors folder, one file or many, mapped and read by slices."""
 
     def __init__(self, folder: Path) -> None:
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise UserError(f"model.model_name_or_path: '{folder}' has no *.safetensors; init: random starts without weights")
+        files = _weight_files(folder)
         self._where: dict[str, tuple[Path, int, dict[str, Any]]] = {}
         for file in files:
             for name, (start, entry) in _header(file).items():
@@ -203,6 +201,23 @@ def _write_safetensors(file: Path, tensors: list[tuple[str, tuple[int, ...], Any
             out.write(np.ascontiguousarray(read().astype(dtype)).tobytes())
         out.flush()
         os.fsync(out.fileno())
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers would read; others may lie beside them (Mistral's repositories hold a consolidated.safetensors, too)."""
+    one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if one.exists():
+        return [one]
+    if not index.exists():
+        raise UserError(f"model.model_name_or_path: '{folder}' has no model.safetensors and no {index.name}; init: random starts without weights")
+    try:
+        files = sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"model.model_name_or_path: '{index}' is not an index of safetensors; fetch it again") from None
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise UserError(f"model.model_name_or_path: '{folder}' lacks {missing[0]}" + (f" (and {len(missing) - 1} more)" if missing[1:] else "") + "; fetch it again")
+    return files
 
 
 def _header(file: Path) -> dict[str, tuple[int, dict[str, Any]]]:

@@ -174,7 +174,8 @@ def _answers(run: Run, params: Params, rows: np.ndarray) -> list[Answer]:
     computing = jax.tree.map(lambda p: p.astype(run.config.model.dtype), params)
     prompts = [example.tokens[: example.response_start] for example in examples]
     generated = generation.greedy(run.plan.model, computing, prompts, run.config.evaluation.max_new_tokens, run.tokenizer.eos_token_id)
-    turns = [run.dataset.records[row].turns[-1] for row in rows]
+    # a conversation cut at max_length is asked for the last response that is left of it
+    turns = [run.dataset.records[row].turns[len(example.responses) - 1] for row, example in zip(rows, examples, strict=True)]
     return [
         Answer(run.dataset.records[row].id, f"{turn.instruction}\n{turn.input}".rstrip("\n"), turn.response, decode(ids, run.tokenizer))
         for row, turn, ids in zip(rows, turns, generated, strict=True)
