@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are `UserError`s of one line, and that knows no abbreviations."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)  # type: ignore[arg-type]
+        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)  # type: ignore[arg-type, misc]
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}; --help lists what is known")

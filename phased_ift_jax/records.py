@@ -7,6 +7,7 @@ Every stage has its own type, and no field is "not yet filled in": a record with
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -119,8 +120,8 @@ class PackedBatch:
     `targets_BT` is the next token of the same example, and `weights_BT` is 1.0 where that token is trained, else 0.0.
     """
 
-    tokens_BT: np.ndarray
-    targets_BT: np.ndarray
-    weights_BT: np.ndarray
-    segments_BT: np.ndarray
-    positions_BT: np.ndarray
+    tokens_BT: Any
+    targets_BT: Any
+    weights_BT: Any
+    segments_BT: Any
+    positions_BT: Any

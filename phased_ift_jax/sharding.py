@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -76,7 +77,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def put(tree: Tree, dims: str, mesh: Mesh) -> Tree:
+def owned(tree: Any, shardings: Any) -> Any:
+    """The same arrays in buffers that XLA itself made.
+
+    Arrays that came from a file may share the host's memory or be held otherwise: they can be donated and yet not reused, so that the
+    first step after a restore would hold the state twice (jax issue 18617).
+    """
+    return jax.jit(lambda arrays: jax.tree.map(jnp.copy, arrays), out_shardings=shardings)(tree)
+
+
+def put(tree: Any, dims: str, mesh: Mesh) -> Any:
     """Move a tree of equally shaped host arrays to the mesh; a host hands over only the slices of its own devices."""
 
     def one(array: np.ndarray) -> jax.Array:

@@ -18,6 +18,7 @@ from phased_ift_jax.train import describe
 from phased_ift_jax.training import loop
 from phased_ift_jax.training.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 ROOT = Path(__file__).parent.parent
 QUICK = ROOT / "configs/quickstart"
 
@@ -72,7 +73,15 @@ def observe(config: config_module.RunConfig, what: str) -> object:
     return trainer.step.lower(trainer.shapes, put(batch, "ABT", run.mesh), np.float32(0)).as_text()
 
 
-WIDE = {"data.path": "FOLDER/wide.jsonl", "data.max_length": 512, "data.packing": False, "curriculum.bins": {"by": "file"}, "training.global_batch_size": 1, "mesh.fsdp": 1, "mesh.tensor": 8}
+WIDE = {
+    "data.path": "FOLDER/wide.jsonl",
+    "data.max_length": 512,
+    "data.packing": False,
+    "curriculum.bins": {"by": "file"},
+    "training.global_batch_size": 1,
+    "mesh.fsdp": 1,
+    "mesh.tensor": 8,
+}
 ONLY_SCORED = {"curriculum.bins": {"by": "score", "quantiles": [0.2, 0.6]}}
 # key: (what is observed, the change[, what both sides share])
 PREPARED = {
@@ -171,7 +180,7 @@ SHORT = {"curriculum.order": [1, 2], "training.num_train_epochs": 1, "data.eval_
 
 
 def test_output_dir_and_the_defaults_of_a_run(base, tmp_path):
-    run, told = train(changed(base, SHORT | {"output_dir": str(tmp_path / "here")}))
+    _, told = train(changed(base, SHORT | {"output_dir": str(tmp_path / "here")}))
     assert {path.name for path in (tmp_path / "here").iterdir()} == {"checkpoints", "config.yaml", "forgetting.json", "hf", "metrics.jsonl", "quarantine.jsonl"}
     assert not told["base"].answers
     assert len(list((tmp_path / "here/hf").iterdir())) == 2
@@ -240,7 +249,7 @@ def test_checkpoint_keys(base, tmp_path, monkeypatch, changes, kept, saved):
 
 def test_max_quarantined(base):
     limits = {"data.max_length": 13, "data.truncation": "quarantine", "data.eval_size": 0}
-    with pytest.raises(UserError, match="more than data.max_quarantined 0.01 allows"):
+    with pytest.raises(UserError, match=r"more than data\.max_quarantined 0\.01 allows"):
         loop.prepare(changed(base, limits))
     loop.prepare(changed(base, limits | {"data.max_quarantined": 1.0}))
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -23,6 +24,7 @@ from phased_ift_jax.training import loop
 from phased_ift_jax.training.checkpoint import Checkpoints
 from phased_ift_jax.training.schedule import scales
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 ROOT = Path(__file__).parent.parent
 MICRO = {
     "seed": 7,
@@ -32,18 +34,6 @@ MICRO = {
     "training": {"num_train_epochs": 2, "global_batch_size": 8, "learning_rate": 1e-3},
     "checkpoint": {"save_minutes": None, "save_steps": 3},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """The runs below compile the same steps again and again: once is enough."""
-    options = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")), "jax_persistent_cache_min_compile_time_secs": 0.0}
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +85,7 @@ def assert_same_result(one: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(rows, tmp_path_factory) -> Path:
+def undisturbed(rows, tmp_path_factory, compilation_cache) -> Path:
     output = tmp_path_factory.mktemp("undisturbed") / "run"
     train(make_config(rows, output))
     return output
@@ -199,7 +189,7 @@ def test_next_phase_starts_from_the_checkpoint_of_the_one_before(rows, tmp_path,
     run = train(make_config(rows, tmp_path / "run", curriculum__optimizer_state=state))
     trainer = run.trainer(run.plan.phases[0])
     store = Checkpoints(run.output / "checkpoints", run.dataset.data_hash, 2)
-    for (before, *_), (_, params, opt_state) in zip(seen, seen[1:], strict=False):
+    for (before, *_), (_, params, opt_state) in pairwise(seen):
         shapes, shardings = {"params": trainer.shapes.params}, {"params": trainer.shardings.params}
         loaded = store.load(store.of_phase(before), shapes, shardings)["params"]
         jax.tree.map(np.testing.assert_array_equal, params, loaded)

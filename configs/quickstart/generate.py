@@ -76,7 +76,7 @@ def rows(seed: int = 0) -> list[dict[str, object]]:
 
 def tokenizer_files(texts: list[str]) -> dict[str, dict]:
     """A word-level tokenizer in Hugging Face's format, with every word of the texts; spaces belong to the word behind them, as in Llama's."""
-    words = sorted({word for text in texts for word in text.split()} | {letter for letter in LETTERS})
+    words = sorted({word for text in texts for word in text.split()} | set(LETTERS))
     vocabulary = ["<unk>", "<s>", "</s>", "User:", "\n", "Assistant:", *(f"▁{word}" for word in words)]
     special = [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True} for i, text in enumerate(vocabulary[:3])]
     pieces = {"type": "Split", "pattern": {"Regex": r"\n|[^\n▁]+|▁[^\n▁]+"}, "behavior": "Isolated", "invert": False}

@@ -64,6 +64,7 @@ def prepare(data: DataConfig, curriculum: CurriculumConfig, seed: int, tokenizer
     files = list(dict.fromkeys(plain(record).source.path for record in records))
     binning = assign_bins(curriculum.bins, records, examples, files)
     usable = np.array([example is not None for example in examples]) & (binning.bin_of > 0)
+    truncated = np.array([example is not None and example.truncated for example in examples])
 
     quarantined = list(reading.quarantined)
     for record, result, bin_number in zip(records, results, binning.bin_of, strict=True):
@@ -80,7 +81,7 @@ def prepare(data: DataConfig, curriculum: CurriculumConfig, seed: int, tokenizer
             name=name,
             read=int((binning.bin_of == b).sum()),
             used=int(((binning.bin_of == b) & usable).sum()),
-            truncated=sum(1 for row in np.flatnonzero((binning.bin_of == b) & usable) if examples[row].truncated),  # type: ignore[union-attr]
+            truncated=int(((binning.bin_of == b) & usable & truncated).sum()),
             quarantined=int(((binning.bin_of == b) & ~usable).sum()),
             held_out=int(((binning.bin_of == b) & held).sum()),
         )

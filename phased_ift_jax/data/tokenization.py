@@ -49,7 +49,7 @@ def tokenize(records: Sequence[InstructionRecord], tokenizer: Any, template: str
         rendered = [None if reason else render(template, record, tokenizer) for record, reason in zip(part, reasons, strict=True)]
         encodings = iter(tokenizer.backend_tokenizer.encode_batch([text.text for text in rendered if text], add_special_tokens=False))
         results: list[TokenizedExample | str] = [
-            reason or _example(text, next(encodings), tokenizer, max_length, truncation) for text, reason in zip(rendered, reasons, strict=True)
+            _example(text, next(encodings), tokenizer, max_length, truncation) if text else str(reason) for text, reason in zip(rendered, reasons, strict=True)
         ]
         yield from _verified(part, results, tokenizer)
 

@@ -33,7 +33,7 @@ class DecoderConfig:
     num_heads: int  # N
     num_kv_heads: int  # K
     head_dim: int  # H
-    rope: Rope = Rope()
+    rope: Rope = Rope()  # noqa: RUF009 - frozen
     rms_norm_eps: float = 1e-5
     sliding_window: int | None = None
     tie_word_embeddings: bool = False
@@ -221,4 +221,6 @@ def empty_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype)
 def cached_step(config: DecoderConfig, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     """States (B, T, D) of tokens at these positions, given what the cache holds of earlier ones; and the cache with them added."""
     mask_BTS = cache_mask(positions_BT, cache.k_LBSKH.shape[2], config.sliding_window)
-    return Decoder(config, params)(tokens_BT, positions_BT, functools.partial(attend, mask_BTS=mask_BTS), cache, "none")
+    hidden_BTD, filled = Decoder(config, params)(tokens_BT, positions_BT, functools.partial(attend, mask_BTS=mask_BTS), cache, "none")
+    assert filled is not None, "a call with a cache returns one"
+    return hidden_BTD, filled

@@ -13,7 +13,18 @@ from phased_ift_jax.models.decoder import DecoderConfig
 from phased_ift_jax.records import UserError
 
 FAMILIES: dict[str, ModuleType] = {"llama": llama, "mistral": mistral}
-BESIDE = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+BESIDE = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
 
 
 @dataclass(frozen=True)

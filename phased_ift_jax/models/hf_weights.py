@@ -22,6 +22,7 @@ import numpy as np
 from phased_ift_jax.models.decoder import Params, parameter_shapes
 from phased_ift_jax.models.hf_folder import Folder
 from phased_ift_jax.records import UserError
+from phased_ift_jax.sharding import owned
 
 DTYPES = {"F64": np.dtype("float64"), "F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 CODES = {dtype.name: code for code, dtype in DTYPES.items()}
@@ -116,7 +117,8 @@ def load(folder: Folder, shardings: Any, dtype: Any) -> Params:
             if tensors.shape(name.format(layer)) != layout.their_shape(each):
                 raise UserError(f"model.model_name_or_path: {name.format(layer)} has shape {tensors.shape(name.format(layer))}, config.json says {layout.their_shape(each)}")
 
-        def piece(index: Index) -> np.ndarray:
+        def piece(index: Index | None) -> np.ndarray:
+            assert index is not None, "jax asks for slices of every dim"
             inner = index[1:] if stacked else index
             sizes = tuple(len(range(*part.indices(size))) for part, size in zip(inner, each, strict=True))
             pieces = [
@@ -127,7 +129,7 @@ def load(folder: Folder, shardings: Any, dtype: Any) -> Params:
 
         return jax.make_array_from_callback(shape, _get(shardings, path), piece)
 
-    return _tree({path: one(path, name, rule) for path, name, rule in rows})
+    return owned(_tree({path: one(path, name, rule) for path, name, rule in rows}), shardings)
 
 
 def export(params: Params, folder: Folder, destination: Path, dtype: str | None = None) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from phased_ift_jax.records import UserError
+from phased_ift_jax.sharding import owned
 
 Tree = TypeVar("Tree")
 
@@ -91,17 +91,13 @@ class Checkpoints:
                 shutil.rmtree(path)
 
     def load(self, path: Path, shapes: Tree, shardings: Tree) -> Tree:
-        """The arrays of a checkpoint (or of the part of it that `shapes` spells) under these shardings.
-
-        Restored buffers pass through an identity jit: as orbax leaves them, they may be donated and yet not reused, which would hold
-        the state twice in the first step (jax issue 18617).
-        """
+        """The arrays of a checkpoint (or of the part of it that `shapes` spells) under these shardings."""
         abstract = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         with context:
             restored = ocp.load(path.absolute(), abstract)
-        return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings, donate_argnums=0)(restored)
+        return owned(restored, shardings)
 
     def _committed(self) -> Iterator[tuple[Position, Path]]:
         for path in self.root.glob("*/*"):

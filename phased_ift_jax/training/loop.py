@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from phased_ift_jax.config import RunConfig, dump, load
 from phased_ift_jax.data.batches import Steps, batches
-from phased_ift_jax.data.dataset import Dataset, prepare as prepare_data, write_quarantine
+from phased_ift_jax.data.dataset import Dataset, write_quarantine
+from phased_ift_jax.data.dataset import prepare as prepare_data
 from phased_ift_jax.data.packing import choose_shapes
 from phased_ift_jax.data.tokenization import decode, load_tokenizer
 from phased_ift_jax.models import generation, hf_weights

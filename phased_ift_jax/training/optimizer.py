@@ -22,8 +22,7 @@ def make_optimizer(training: TrainingConfig, parameter_dims: Any) -> optax.Gradi
 
 def apply(optimizer: optax.GradientTransformation, params: Params, opt_state: Any, gradients: Params, learning_rate: jax.Array) -> tuple[Params, Any]:
     """One update: params - learning_rate * (moments' direction + decay)."""
-    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer count; we stand strict promotion, it does not
-        updates, opt_state = optimizer.update(gradients, opt_state, params)
+    updates, opt_state = optimizer.update(gradients, opt_state, params)
     return jax.tree.map(lambda p, u: (p - learning_rate.astype(u.dtype) * u).astype(p.dtype), params, updates), opt_state
 
 
