@@ -279,6 +279,22 @@ def test_a_folder_that_holds_something_else_is_left_alone(rows, tmp_path):
         loop.prepare(make_config(rows, tmp_path / "run"))
 
 
+def test_what_would_fail_later_is_refused_before_anything_is_written(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"logging\.report_to: wandb needs `pip install wandb`"):
+        loop.prepare(make_config(rows, tmp_path / "run", logging__report_to=["wandb"]))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="output_dir: cannot write"):
+        loop.prepare(make_config(rows, tmp_path / "file" / "run"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_profile_writes_a_trace_of_the_steps_asked_for(rows, tmp_path):
+    run = loop.prepare(make_config(rows, tmp_path / "run", curriculum__order=[1], training__max_steps=3, data__eval_size=0))
+    loop.train(run, lambda *_: None, lambda _: True, profile=(1, 2))
+    assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
+
+
 def _start(config_path: Path, log: Path) -> subprocess.Popen:
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(log.parent / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     with open(log, "a") as out:

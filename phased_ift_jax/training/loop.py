@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -33,8 +34,8 @@ from phased_ift_jax.models.hf_folder import Folder, open_folder
 from phased_ift_jax.records import UserError
 from phased_ift_jax.sharding import batch_rows, make_mesh, put
 from phased_ift_jax.training.checkpoint import Checkpoints, Position
-from phased_ift_jax.training.metrics import MetricsLog, Rate, peak_flops
-from phased_ift_jax.training.plan import PhasePlan, Plan, attended_pairs, make_plan
+from phased_ift_jax.training.metrics import MetricsLog, Rate, check_reporters, peak_flops
+from phased_ift_jax.training.plan import PhasePlan, Plan, attended_pairs, make_plan, row_price
 from phased_ift_jax.training.step import BATCH_DIMS, Trainer, TrainState
 
 
@@ -111,6 +112,7 @@ def prepare(config: RunConfig) -> Run:
         UserError: of whatever is at fault in configuration, model folder, data, or an earlier run in output_dir.
     """
     _check_output(config)
+    check_reporters(config.logging)
     folder = open_folder(config.model.model_name_or_path, config.model.revision, weights=config.model.init == "pretrained")
     tokenizer = load_tokenizer(folder.path)
     if len(tokenizer) > folder.config.vocab_size:
@@ -161,7 +163,7 @@ def evaluate(run: Run, params: Params) -> Evaluation:
     trainer, config = run.trainer(run.plan.phases[0]), run.config
     steps = {name: Steps(rows, config.training.global_batch_size, 1, ("evaluation", name)) for name, rows in run.held_out}
     sizes = [run.plan.phases[0].lengths[s[i]] for s in steps.values() for i in range(len(s))]
-    shapes = choose_shapes(sizes, batch_rows(run.mesh), 1, float("inf"), config.data.packing)
+    shapes = choose_shapes(sizes, batch_rows(run.mesh), 1, row_price(run.plan.model), config.data.packing)
     losses = {}
     for name, chosen in steps.items():
         parts = [trainer.evaluate(params, put(batch, BATCH_DIMS, run.mesh)) for batch in batches(chosen, 0, run.dataset.examples, shapes)]
@@ -312,6 +314,9 @@ def _check_output(config: RunConfig) -> None:
     output = Path(config.output_dir)
     if output.exists() and not output.is_dir():
         raise UserError(f"output_dir: '{output}' is a file; name a folder")
+    there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise UserError(f"output_dir: cannot write '{output}': '{there}' is not a folder that this user may write to")
     saved = output / "config.yaml"
     if not saved.exists():
         if output.exists() and any(output.iterdir()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import time
@@ -26,6 +27,17 @@ PEAK_FLOPS = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
 }
+
+
+def check_reporters(config: LoggingConfig) -> None:
+    """Refuse, before a run starts, to report to a package that is not installed.
+
+    Raises:
+        UserError: with the line that installs it.
+    """
+    for name, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+        if name in config.report_to and importlib.util.find_spec(package) is None:
+            raise UserError(f"logging.report_to: {name} needs `pip install {package}`")
 
 
 def peak_flops(devices: list[jax.Device]) -> float | None:
@@ -102,16 +114,12 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _tensorboard(folder: Path, purge_step: int) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise UserError("logging.report_to: tensorboard needs `pip install tensorboardX`") from None
+    from tensorboardX import SummaryWriter
+
     return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 def _wandb(name: str, folder: Path, settings: dict[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("logging.report_to: wandb needs `pip install wandb`") from None
+    import wandb
+
     return wandb.init(name=name, dir=str(folder), id=name, resume="allow", config=settings)

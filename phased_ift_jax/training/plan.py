@@ -100,6 +100,11 @@ def attended_pairs(lengths: np.ndarray, window: int | None) -> np.ndarray:
     return lengths * (lengths + 1) // 2 - beyond * (beyond + 1) // 2
 
 
+def row_price(model: DecoderConfig) -> float:
+    """The row length in tokens at which attention over the full row (12 N H L per pair) costs as much as all matmuls (6 per parameter)."""
+    return model.matmul_parameters / (2 * model.num_layers * model.num_heads * model.head_dim)
+
+
 def make_plan(config: RunConfig, dataset: Dataset, model: DecoderConfig, row_devices: int) -> Plan:
     """Steps, rates and shapes of every phase; `row_devices` is how many devices share the rows of a batch."""
     trainings = [training_of(config.training, phase) for phase in dataset.phases]
@@ -108,15 +113,13 @@ def make_plan(config: RunConfig, dataset: Dataset, model: DecoderConfig, row_dev
     rates = learning_rates(config.curriculum, trainings, [len(s) for s in steps], phased)
     lengths = np.array([len(example.tokens) for example in dataset.examples], np.int64)
     response_lengths = np.array([example.response_tokens for example in dataset.examples], np.int64)
-    # attention costs 12 N H L per pair and 6 per parameter and token: equal at rows of this many tokens (half of a row is masked, yet computed)
-    tau = model.matmul_parameters / (2 * model.num_layers * model.num_heads * model.head_dim)
     shapes: dict[tuple[int, int], Shapes] = {}
     for training in trainings:
         key = (training.global_batch_size, training.gradient_accumulation_steps)
         if key not in shapes:
             like = [s for s, other in zip(steps, trainings, strict=True) if (other.global_batch_size, other.gradient_accumulation_steps) == key]
             sizes = [lengths[s[i]] for s in like for i in range(len(s))]
-            shapes[key] = choose_shapes(sizes, row_devices * training.gradient_accumulation_steps, config.data.packing_shapes, tau, config.data.packing)
+            shapes[key] = choose_shapes(sizes, row_devices * training.gradient_accumulation_steps, config.data.packing_shapes, row_price(model), config.data.packing)
     return Plan(
         tuple(
             PhasePlan(phase, training, s, rate, shapes[training.global_batch_size, training.gradient_accumulation_steps], lengths, response_lengths)
