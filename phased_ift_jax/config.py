@@ -205,7 +205,7 @@ class LoggingConfig(Section):
     """What a run tells while it runs; metrics.jsonl is always written."""
 
     logging_steps: int = Field(1, ge=1, description="optimizer steps between lines of metrics.jsonl")
-    report_to: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="further places for metrics")
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = Field(("tensorboard",), description="further places for metrics")
     run_name: str | None = Field(None, description="name in TensorBoard and W&B; default: the output folder's")
 
 

@@ -1,7 +1,7 @@
 """The device mesh, and the one table from the legend of letters to its axes (floor 0).
 
 Every array dim has a letter (`q_BTNH`); `AXES` says over which mesh axis a dim of that letter is split. Layout is applied at the
-borders only: parameters by `tree_shardings`, batches by `put`, the single line that moves data from host to device.
+borders only: parameters by `tree_shardings`, batches by `put`.
 """
 
 from __future__ import annotations

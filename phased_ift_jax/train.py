@@ -30,12 +30,16 @@ def main(argv: Sequence[str]) -> int:
     from phased_ift_jax.training import loop  # jax and what it brings: not before the command line is known to be sound
 
     run = loop.prepare(run_config)
+    steps = sum(len(phase.steps) for phase in run.plan.phases)
+    if profile and profile[1] > steps:
+        raise UserError(f"--profile: the run has {steps} steps, {profile[0]}:{profile[1]} goes beyond them")
     print(describe(run), flush=True)
     matrix = ForgettingMatrix(run.output / "forgetting.json")
-    last: dict[str, loop.Evaluation] = {}
+    last: loop.Evaluation | None = None
 
     def report(after: str, evaluation: loop.Evaluation) -> None:
-        last["answers"] = evaluation
+        nonlocal last
+        last = evaluation
         matches = {name: exact_match([(a.response, a.answer) for a in answers]) for name, answers in evaluation.answers.items()}
         matrix.add(after, loss=evaluation.losses, exact_match=matches)
         shown = [f"{name} {loss:.3f}" + (f" ({matches[name]:.0%} right)" if matches else "") for name, loss in evaluation.losses.items()]
@@ -49,8 +53,8 @@ def main(argv: Sequence[str]) -> int:
     for measure, form in (("loss", ".3f"), ("exact_match", ".1%")):
         if rows := matrix.table(measure, form):
             print("\n" + cli.table(rows))
-    if "answers" in last:
-        for name, answers in last["answers"].answers.items():
+    if last is not None:
+        for name, answers in last.answers.items():
             for answer in answers[: run_config.evaluation.show_answers]:
                 print(f"\n{name}: {answer.prompt}\n  expected {answer.response!r}\n  answered {answer.answer!r}")
     print(f"\ndone: {run.output / 'hf' / run.plan.phases[-1].phase.folder} loads with transformers.AutoModelForCausalLM")
@@ -60,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
 def describe(run: Run) -> str:
     """What will be trained, in tables: rows by bin, phases, row shapes, budget, and the policy between phases."""
     data, plan, curriculum = run.dataset, run.plan, run.config.curriculum
-    unread = data.rows_read - sum(count.read for count in data.counts)
+    binless = data.rows_read - sum(count.read for count in data.counts)
     truncated = sum(count.truncated for count in data.counts)
     bins = [["bin", "rows", "used", "truncated", "quarantined", "held out"]]
     bins += [[c.name, c.read, c.used, c.truncated, c.quarantined, c.held_out] for c in data.counts]  # type: ignore[list-item]
@@ -74,7 +78,7 @@ def describe(run: Run) -> str:
         f"model   {run.folder.path} ({run.config.model.init}), {run.config.model.dtype} over {run.config.model.param_dtype}, attention {run.attention}",
         f"mesh    {mesh} on {run.mesh.devices.flat[0].device_kind}",
         f"data    {data.rows_read} rows read = {data.rows_read - len(data.quarantined) - truncated} used whole + {truncated} truncated + {len(data.quarantined)} quarantined"
-        + (f" ({unread} in no bin)" if unread else ""),
+        + (f" ({binless} of them in no bin)" if binless else ""),
         "",
         cli.table(bins),
         "",
@@ -85,6 +89,8 @@ def describe(run: Run) -> str:
         f"budget  {ledger['examples']:,} examples, {ledger['response_tokens']:,} response tokens, {ledger['optimizer_steps']:,} steps, "
         f"sum of learning rates {ledger['sum_of_learning_rates']:.4g}, {ledger['flops']:.3g} FLOPs",
     ]
+    if curriculum.arm == "one_off" and any(phase.overrides or phase.replay for phase in curriculum.phases or ()):
+        lines.append("note    one_off trains with the settings of `training`: overrides and replay of `curriculum.phases` belong to phases")
     return "\n".join(lines)
 
 
@@ -95,6 +101,8 @@ def _parser() -> cli.Parser:
     keys = parser.add_argument_group("keys of the configuration, each of which may be given as a flag with a YAML value")
     for key, default, description in config.fields():
         keys.add_argument(f"--{key}", metavar="VALUE", help=f"{description} [{default}]".replace("%", "%%"))
+    # its keys exclude each other, so that one of them alone could not be overridden
+    keys.add_argument("--curriculum.bins", metavar="MAPPING", help="all of curriculum.bins at once, such as '{by: length, quantiles: [0.5]}'")
     return parser
 
 

@@ -362,3 +362,12 @@ def test_the_console_script_knows_its_verbs() -> None:
     done = shell("-c", "import sys; sys.argv = ['phased-ift', 'trian']; from phased_ift_jax.cli import main; main()")
     assert (done.returncode, done.stderr) == (2, "error: unknown verb 'trian'; did you mean train?\n")
     assert all((ROOT / "phased_ift_jax" / f"{verb}.py").exists() for verb in cli.VERBS)
+
+
+def test_bins_can_be_replaced_as_a_whole_by_a_flag(tmp_path: Path) -> None:
+    """Their keys exclude each other: `by: length` alone would stand beside the file's thresholds."""
+    parser = train._parser()
+    options, rest = parser.parse_known_args([str(ROOT / "configs/llama2_7b.yaml"), "--curriculum.bins", "{by: length, quantiles: [0.585, 0.869]}"])
+    assert not rest
+    loaded = config.load(options.config, [("curriculum.bins", vars(options)["curriculum.bins"])])
+    assert loaded.curriculum.bins == config.Bins(by="length", quantiles=(0.585, 0.869))

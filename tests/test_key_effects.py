@@ -100,7 +100,7 @@ PREPARED = {
     "data.eval_seed": ("held out", {"data.eval_seed": 1}),
     "curriculum.arm": ("plan", {"curriculum.arm": "one_off"}),
     "curriculum.bins.by": ("plan", {"curriculum.bins": {"by": "length", "thresholds": [1.5, 3.5]}}, {"data.eval_size": 0, "curriculum.order": [2]}),
-    "curriculum.bins.thresholds": ("plan", {"curriculum.bins.thresholds": [2.5, 3.5]}, {"data.eval_size": 0}),
+    "curriculum.bins.thresholds": ("plan", {"curriculum.bins.thresholds": [2.0, 3.5]}, {"data.eval_size": 0}),
     "curriculum.bins.quantiles": ("plan", ONLY_SCORED),
     "curriculum.bins.from": ("plan", {"curriculum.bins": {"from": "FOLDER/phases.json"}}),
     "curriculum.bins.names": ("plan", {"curriculum.bins.names": ["a", "b", "c"]}),
@@ -181,7 +181,7 @@ SHORT = {"curriculum.order": [1, 2], "training.num_train_epochs": 1, "data.eval_
 
 def test_output_dir_and_the_defaults_of_a_run(base, tmp_path):
     _, told = train(changed(base, SHORT | {"output_dir": str(tmp_path / "here")}))
-    assert {path.name for path in (tmp_path / "here").iterdir()} == {"checkpoints", "config.yaml", "forgetting.json", "hf", "metrics.jsonl", "quarantine.jsonl"}
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {"checkpoints", "config.yaml", "forgetting.json", "hf", "metrics.jsonl", "quarantine.jsonl", "tensorboard"}
     assert not told["base"].answers
     assert len(list((tmp_path / "here/hf").iterdir())) == 2
     assert json.loads((tmp_path / "here/hf/1-stage1/config.json").read_text())["torch_dtype"] == "float32"
@@ -268,7 +268,7 @@ def test_model_keys(base, tmp_path, monkeypatch):
 
     seen = []
 
-    def snapshot(name, revision, allow_patterns):
+    def snapshot(name, revision, allow_patterns, **_):
         seen.append((name, revision, "*.safetensors" in allow_patterns))
         return str(QUICK / "model")
 
@@ -276,6 +276,5 @@ def test_model_keys(base, tmp_path, monkeypatch):
     assert hf_folder.open_folder("org/name", "v1").path == QUICK / "model"
     loop.prepare(changed(base, {"model.model_name_or_path": "org/name", "model.revision": "v2"}))
     assert seen == [("org/name", "v1", True), ("org/name", "v2", False)]
-    run = loop.prepare(changed(base, {"model.init": "pretrained"}))
-    with pytest.raises(UserError, match=r"has no \*\.safetensors"):
-        run.base_params()
+    with pytest.raises(UserError, match=r"has no model\.safetensors"):
+        loop.prepare(changed(base, {"model.init": "pretrained"}))

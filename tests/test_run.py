@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,7 +189,7 @@ def test_next_phase_starts_from_the_checkpoint_of_the_one_before(rows, tmp_path,
     monkeypatch.setattr(loop, "_begin", begin)
     run = train(make_config(rows, tmp_path / "run", curriculum__optimizer_state=state))
     trainer = run.trainer(run.plan.phases[0])
-    store = Checkpoints(run.output / "checkpoints", run.dataset.data_hash, 2)
+    store = Checkpoints(run.output / "checkpoints", run.dataset.identity, 2)
     for (before, *_), (_, params, opt_state) in pairwise(seen):
         shapes, shardings = {"params": trainer.shapes.params}, {"params": trainer.shardings.params}
         loaded = store.load(store.of_phase(before), shapes, shardings)["params"]
@@ -262,14 +263,41 @@ def test_a_run_is_not_continued_with_settings_that_would_change_it(rows, undistu
         loop.prepare(make_config(rows, undisturbed, **changes))
 
 
-def test_a_run_is_not_continued_with_other_data(rows, undisturbed):
+@pytest.mark.parametrize("change", [("Repeat", "Reverse"), ('"score": "1', '"score": "4')])
+def test_a_run_is_not_continued_with_other_data_or_other_scores(rows, undisturbed, change):
     text = rows.read_text()
     try:
-        rows.write_text(text.replace("Repeat", "Reverse", 1))
-        with pytest.raises(UserError, match=r"data\.path: the data have changed"):
+        rows.write_text(text.replace(*change, 1))
+        with pytest.raises(UserError, match=r"data\.path: rows, scores or bins have changed"):
             train(make_config(rows, undisturbed))
     finally:
         rows.write_text(text)
+
+
+def test_results_without_a_checkpoint_are_no_silent_start_at_zero(rows, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    with pytest.raises(UserError, match="holds results but no whole checkpoint"):
+        train(make_config(rows, tmp_path / "run"))
+
+
+def test_what_a_killed_save_or_removal_leaves_is_no_checkpoint(rows, undisturbed, tmp_path):
+    """Remains of a save go; a checkpoint that was half removed is not looked at."""
+    shutil.copytree(undisturbed, tmp_path / "run")
+    (tmp_path / "run/checkpoints/3-hard/99.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "run/checkpoints/3-hard/100").mkdir()
+    train(make_config(rows, tmp_path / "run"))
+    assert not list((tmp_path / "run/checkpoints").rglob("*.orbax-checkpoint-tmp"))
+    assert_same_result(tmp_path / "run", undisturbed)
+
+
+def test_weights_that_do_not_load_are_found_before_anything_is_written(rows, undisturbed, tmp_path):
+    shutil.copytree(undisturbed / "hf/3-hard", tmp_path / "model")
+    whole = (tmp_path / "model/model.safetensors").read_bytes()
+    (tmp_path / "model/model.safetensors").write_bytes(whole[:-8])
+    with pytest.raises(UserError, match="is cut off or damaged"):
+        loop.prepare(make_config(rows, tmp_path / "run", model__init="pretrained", model__model_name_or_path=str(tmp_path / "model")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(rows, tmp_path):
@@ -291,7 +319,7 @@ def test_what_would_fail_later_is_refused_before_anything_is_written(rows, tmp_p
 
 def test_profile_writes_a_trace_of_the_steps_asked_for(rows, tmp_path):
     run = loop.prepare(make_config(rows, tmp_path / "run", curriculum__order=[1], training__max_steps=3, data__eval_size=0))
-    loop.train(run, lambda *_: None, lambda _: True, profile=(1, 2))
+    loop.train(run, lambda *_: None, lambda _: False, profile=(1, 2))
     assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
 
 

@@ -14,6 +14,7 @@ from phased_ift_jax.config import CurriculumConfig, DataConfig
 from phased_ift_jax.data import readers
 from phased_ift_jax.data.phases import Curriculum, assign_bins, curriculum_of, draw_phases, hold_out, plain
 from phased_ift_jax.data.tokenization import tokenize
+from phased_ift_jax.files import write_whole
 from phased_ift_jax.records import InstructionRecord, Phase, Quarantined, TokenizedExample, UserError
 
 
@@ -46,6 +47,11 @@ class Dataset:
     rows_read: int
     data_hash: str
 
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the data and of what is done with it: rows, their bins, and which are held out. A run is continued on the same only."""
+        return hashlib.sha256(self.data_hash.encode() + self.bin_of.tobytes() + self.held_out.tobytes()).hexdigest()
+
     def held_out_rows(self, bin_number: int) -> np.ndarray:
         """Positions of the held-out rows of a bin (from 1)."""
         return np.flatnonzero(self.held_out & (self.bin_of == bin_number))
@@ -61,6 +67,8 @@ def prepare(data: DataConfig, curriculum: CurriculumConfig, seed: int, tokenizer
     records = reading.records
     results = list(tokenize([plain(record) for record in records], tokenizer, data.prompt_template, data.max_length, data.truncation))
     examples = [result if isinstance(result, TokenizedExample) else None for result in results]
+    if not any(examples):  # nothing to put in bins: the first row's fault says more than a complaint about scores or lengths
+        _refuse_if_many([*reading.quarantined, *(result for result in results if isinstance(result, Quarantined))], reading.rows, data.max_quarantined)
     files = list(dict.fromkeys(plain(record).source.path for record in records))
     binning = assign_bins(curriculum.bins, records, examples, files)
     usable = np.array([example is not None for example in examples]) & (binning.bin_of > 0)
@@ -110,7 +118,7 @@ def prepare(data: DataConfig, curriculum: CurriculumConfig, seed: int, tokenizer
 def write_quarantine(quarantined: tuple[Quarantined, ...], path: Path) -> None:
     """One JSON line for each row that is not used: file, line, id, reason."""
     lines = (json.dumps({"file": row.source.path, "line": row.source.line, "id": row.id, "reason": row.reason}, ensure_ascii=False) for row in quarantined)
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    write_whole(path, "".join(line + "\n" for line in lines))
 
 
 def hash_of(records: Any) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from phased_ift_jax.records import PackedBatch, TokenizedExample
 
 GRANULE = 64  # row lengths are multiples of this
-SAMPLED_STEPS = 4096  # steps looked at to choose shapes; a longer step seen later gets a length of its own
+SAMPLED_STEPS = 4096  # steps looked at to choose shapes; the longest row is made to hold all others too
 
 
 @dataclass(frozen=True)
@@ -107,23 +107,25 @@ def choose_shapes(steps: Sequence[np.ndarray], rows_multiple: int, shapes: int, 
     tokens, at which attention costs as much as all matmuls.
     """
     largest = max(len(step) for step in steps)
-    if len(steps) > SAMPLED_STEPS:
-        steps = [steps[i] for i in np.linspace(0, len(steps) - 1, SAMPLED_STEPS).astype(int)]
-    lengths_SB = np.zeros((len(steps), largest), np.int64)
-    for row, step in zip(lengths_SB, steps, strict=True):
-        row[: len(step)] = np.sort(step)[::-1]
     most = -(-largest // rows_multiple)
-    if not packed:
-        needed_S = -(-lengths_SB.max(axis=1) // GRANULE) * GRANULE
-        return Shapes(most * rows_multiple, group(needed_S, shapes, tau)[0], packed=False)
-    best = None
-    for multiple in sorted({*range(1, min(most, 8) + 1), *(round(1.25**i) for i in range(8, 64) if 1.25**i < most), most}):
-        rows = multiple * rows_multiple
-        lengths, cost = group(shortest_rows(lengths_SB, rows), shapes, tau)
-        if best is None or rows * cost < best[0]:
-            best = (rows * cost, Shapes(rows, lengths))
-    assert best is not None
-    return best[1]
+    sample = steps if len(steps) <= SAMPLED_STEPS else [steps[i] for i in np.linspace(0, len(steps) - 1, SAMPLED_STEPS).astype(int)]
+
+    def needed(steps: Sequence[np.ndarray], rows: int) -> np.ndarray:
+        lengths_SB = np.zeros((len(steps), largest), np.int64)
+        for row, step in zip(lengths_SB, steps, strict=True):
+            row[: len(step)] = np.sort(step)[::-1]
+        return shortest_rows(lengths_SB, rows) if packed else -(-lengths_SB.max(axis=1) // GRANULE) * GRANULE
+
+    multiples = {*range(1, min(most, 8) + 1), *(round(1.25**i) for i in range(8, 64) if 1.25**i < most), most} if packed else {most}
+    costs = {}
+    for rows in sorted(multiple * rows_multiple for multiple in multiples):
+        lengths, cost = group(needed(sample, rows), shapes, tau)
+        costs[rows * cost, rows] = lengths
+    (_, rows), lengths = min(costs.items())
+    if sample is not steps:
+        longest = max(int(needed(steps[at : at + SAMPLED_STEPS], rows).max()) for at in range(0, len(steps), SAMPLED_STEPS))
+        lengths = (*lengths[:-1], max(lengths[-1], longest))
+    return Shapes(rows, lengths, packed)
 
 
 def pack(examples: Sequence[TokenizedExample], shapes: Shapes, accumulation: int = 1) -> PackedBatch:

@@ -1,6 +1,6 @@
 """Files, hub datasets and TFDS folders as records, with every row accounted for (floor 1: knows no JAX).
 
-A path says where, a file's extension says in which format, and the keys of a row say what it is (`row_shapes`); no file name means anything.
+A path says where, a file's extension says in which format, and the keys of a row say what it is (`row_kinds`); no file name means anything.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from phased_ift_jax.data.row_shapes import BadRow, Ids, id_or_none, is_unicode, kind, record_of
+from phased_ift_jax.data.row_kinds import BadRow, Ids, id_or_none, is_unicode, kind, record_of
 from phased_ift_jax.records import InstructionRecord, Quarantined, Reading, ScoredRecord, Source, UserError
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

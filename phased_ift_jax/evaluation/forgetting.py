@@ -6,9 +6,10 @@ Kept in `forgetting.json` in the run's folder, one entry a row, rewritten whole 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from phased_ift_jax.files import write_whole
 
 
 def exact_match(answers: Sequence[tuple[str, str]]) -> float:
@@ -29,9 +30,7 @@ class ForgettingMatrix:
     def add(self, after: str, **measures: Mapping[str, float]) -> None:
         """Add a row and save the matrix; a measure without values is left out."""
         self.rows.append({"after": after} | {name: dict(values) for name, values in measures.items() if values})
-        aside = self.path.with_name(self.path.name + ".part")
-        aside.write_text(json.dumps({"rows": self.rows}, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, self.path)
+        write_whole(self.path, json.dumps({"rows": self.rows}, indent=1) + "\n")
 
     def table(self, measure: str, form: str) -> list[list[str]]:
         """Cells of one measure, with a header; `form` is a format such as ".3f" or ".0%". Empty where nothing was measured."""

@@ -86,6 +86,10 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*"]))
     except errors.GatedRepoError:
         raise UserError(f"model.model_name_or_path: '{name}' is gated; accept the licence on its page, then set HF_TOKEN") from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"model.revision: '{name}' has no branch, tag or commit {revision!r}") from None
+    except errors.HFValidationError:
+        raise UserError(f"model.model_name_or_path: no such folder '{name}', and it is not a hub name") from None
     except errors.RepositoryNotFoundError:
         raise UserError(f"model.model_name_or_path: no folder and no hub model '{name}' (a private one needs HF_TOKEN)") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:

@@ -92,14 +92,14 @@ class Tensors:
         return np.array(np.memmap(file, DTYPES[entry["dtype"]], "r", start, self.shape(name))[index])
 
 
-def load(folder: Folder, shardings: Any, dtype: Any) -> Params:
-    """The checkpoint's parameters in `dtype`, each made shard by shard under its sharding.
+def check(folder: Folder) -> Tensors:
+    """The checkpoint's tensors, found to be those that config.json asks for; reads headers only.
 
     Raises:
-        UserError: a tensor is missing, unknown, of another shape, or the file is cut off.
+        UserError: a tensor is missing, unknown or of another shape, or a file is missing, cut off or no safetensors file.
     """
     tensors = Tensors(folder.path)
-    shapes, rows = parameter_shapes(folder.config, dtype), folder.weights
+    shapes, rows = parameter_shapes(folder.config, np.dtype(np.float32)), folder.weights
     layers = range(folder.config.num_layers)
     expected = {name.format(layer): path for path, name, _ in rows for layer in (layers if "{}" in name else [0])}
     missing = sorted(set(expected) - tensors.names())
@@ -108,14 +108,23 @@ def load(folder: Folder, shardings: Any, dtype: Any) -> Params:
     for fault, names in (("has no tensor", missing), ("holds an unknown tensor", unknown)):
         if names:
             raise UserError(f"model.model_name_or_path: '{folder.path}' {fault} {names[0]}" + (f" (and {len(names) - 1} more)" if names[1:] else ""))
+    for path, name, rule in rows:
+        shape = _get(shapes, path).shape
+        wanted = Layout.parse(rule).their_shape(shape[1:] if "{}" in name else shape)
+        for each in {name.format(layer) for layer in layers}:
+            if tensors.shape(each) != wanted:
+                raise UserError(f"model.model_name_or_path: {each} has shape {tensors.shape(each)}, config.json says {wanted}")
+    return tensors
+
+
+def load(folder: Folder, shardings: Any, dtype: Any) -> Params:
+    """The checkpoint's parameters in `dtype`, each made shard by shard under its sharding; raises `UserError` as `check` does."""
+    tensors, shapes = check(folder), parameter_shapes(folder.config, dtype)
 
     def one(path: str, name: str, rule: str) -> jax.Array:
         layout, shape = Layout.parse(rule), _get(shapes, path).shape
         stacked = "{}" in name
         each = shape[1:] if stacked else shape
-        for layer in layers if stacked else [0]:
-            if tensors.shape(name.format(layer)) != layout.their_shape(each):
-                raise UserError(f"model.model_name_or_path: {name.format(layer)} has shape {tensors.shape(name.format(layer))}, config.json says {layout.their_shape(each)}")
 
         def piece(index: Index | None) -> np.ndarray:
             assert index is not None, "jax asks for slices of every dim"
@@ -129,7 +138,7 @@ def load(folder: Folder, shardings: Any, dtype: Any) -> Params:
 
         return jax.make_array_from_callback(shape, _get(shardings, path), piece)
 
-    return owned(_tree({path: one(path, name, rule) for path, name, rule in rows}), shardings)
+    return owned(_tree({path: one(path, name, rule) for path, name, rule in folder.weights}), shardings)
 
 
 def export(params: Params, folder: Folder, destination: Path, dtype: str | None = None) -> None:

@@ -20,6 +20,7 @@ from phased_ift_jax.records import UserError
 from phased_ift_jax.sharding import owned
 
 Tree = TypeVar("Tree")
+COMMITTED = "commit_success.txt"  # orbax writes it last
 
 
 @dataclass(frozen=True, order=True)
@@ -35,8 +36,8 @@ class Position:
 class Checkpoints:
     """The checkpoints under one run's folder. At most one save is under way; what is old goes when the new one is committed."""
 
-    def __init__(self, root: Path, data_hash: str, keep: int) -> None:
-        self.root, self.data_hash, self.keep = root, data_hash, keep
+    def __init__(self, root: Path, identity: str, keep: int) -> None:
+        self.root, self.identity, self.keep = root, identity, keep
         self._saving: Any = None
 
     def committed(self) -> list[tuple[Position, Path]]:
@@ -44,20 +45,23 @@ class Checkpoints:
         return sorted(self._committed(), key=lambda found: found[0])
 
     def newest(self) -> tuple[Position, Path] | None:
-        """The checkpoint to go on from.
+        """The checkpoint to go on from; None where no save was ever committed.
 
         Raises:
-            UserError: the newest one was made from other data, or there are remains of checkpoints and none is whole.
+            UserError: the newest one was made from other data (rows, scores or bins: its identity is another).
         """
         found = self.committed()
         if not found:
-            if self.root.exists() and any(self.root.glob("*/[0-9]*")) and not any(self.root.glob("*/*orbax-checkpoint-tmp*")):
-                raise UserError(f"output_dir: '{self.root}' holds no whole checkpoint; remove it to start anew")
             return None
         position, path = found[-1]
-        if self._metadata(path)["data_hash"] != self.data_hash:
-            raise UserError(f"data.path: the data have changed since '{path}' was saved; restore them, or choose another output_dir")
+        if self._metadata(path)["identity"] != self.identity:
+            raise UserError(f"data.path: rows, scores or bins have changed since '{path}' was saved; restore them, or choose another output_dir")
         return position, path
+
+    def clear_remains(self) -> None:
+        """Remove what a save that was killed has left: orbax would do so only if the same step were saved again."""
+        for path in self.root.glob("*/*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def of_phase(self, folder: str) -> Path | None:
         """The checkpoint that ended a phase, if it did."""
@@ -72,7 +76,7 @@ class Checkpoints:
         self.wait()
         path = self.root / folder / str(position.step)
         path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = asdict(position) | {"data_hash": self.data_hash}
+        metadata = asdict(position) | {"identity": self.identity}
         self._saving = ocp.save_async(path.absolute(), tree, overwrite=True, custom_metadata=metadata)
 
     def wait(self) -> None:
@@ -88,6 +92,7 @@ class Checkpoints:
             ended = [path for position, path in found if position.complete]
             within = [path for position, path in found if not position.complete]
             for path in within if ended else within[: -self.keep]:
+                (path / COMMITTED).unlink()  # first: half removed, it is no checkpoint
                 shutil.rmtree(path)
 
     def load(self, path: Path, shapes: Tree, shardings: Tree) -> Tree:
@@ -101,7 +106,7 @@ class Checkpoints:
 
     def _committed(self) -> Iterator[tuple[Position, Path]]:
         for path in self.root.glob("*/*"):
-            if re.fullmatch(r"[0-9]+", path.name) and (path / "commit_success.txt").exists():
+            if re.fullmatch(r"[0-9]+", path.name) and (path / COMMITTED).exists():
                 metadata = self._metadata(path)
                 yield Position(**{name: metadata[name] for name in Position.__dataclass_fields__}), path
 

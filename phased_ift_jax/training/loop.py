@@ -27,6 +27,7 @@ from phased_ift_jax.data.dataset import Dataset, write_quarantine
 from phased_ift_jax.data.dataset import prepare as prepare_data
 from phased_ift_jax.data.packing import choose_shapes
 from phased_ift_jax.data.tokenization import decode, load_tokenizer
+from phased_ift_jax.files import write_whole
 from phased_ift_jax.models import generation, hf_weights
 from phased_ift_jax.models.attention import implementation
 from phased_ift_jax.models.decoder import Params
@@ -75,7 +76,7 @@ class Run:
 
     @property
     def output(self) -> Path:
-        return Path(self.config.output_dir)
+        return Path(self.config.output_dir).expanduser()
 
     @property
     def attention(self) -> str:
@@ -111,9 +112,13 @@ def prepare(config: RunConfig) -> Run:
     Raises:
         UserError: of whatever is at fault in configuration, model folder, data, or an earlier run in output_dir.
     """
+    if jax.process_count() > 1:
+        raise UserError(f"mesh: {jax.process_count()} processes; a run uses the devices of one")
     _check_output(config)
     check_reporters(config.logging)
     folder = open_folder(config.model.model_name_or_path, config.model.revision, weights=config.model.init == "pretrained")
+    if config.model.init == "pretrained":
+        hf_weights.check(folder)
     tokenizer = load_tokenizer(folder.path)
     if len(tokenizer) > folder.config.vocab_size:
         raise UserError(f"model.model_name_or_path: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {folder.config.vocab_size}")
@@ -132,13 +137,16 @@ def train(run: Run, report: Callable[[str, Evaluation], None], reported: Callabl
         Stopped: SIGINT or SIGTERM came, and everything is saved.
         UserError: the run in output_dir was made with other settings or other data.
     """
-    store = Checkpoints(run.output / "checkpoints", run.dataset.data_hash, run.config.checkpoint.save_total_limit)
+    store = Checkpoints(run.output / "checkpoints", run.dataset.identity, run.config.checkpoint.save_total_limit)
     found = store.newest()
+    if found is None and (any((run.output / "hf").glob("*")) or any(reported(phase.phase.folder) for phase in run.plan.phases)):
+        raise UserError(f"output_dir: '{run.output}' holds results but no whole checkpoint to go on from; name another folder")
     position = found[0] if found else Position(0, 0, 0, complete=True)
     if found:
         print(f"going on from {found[1]} ({'phase complete' if position.complete else f'epoch {position.epoch + 1}'})", flush=True)
     run.output.mkdir(parents=True, exist_ok=True)
-    (run.output / "config.yaml").write_text(dump(run.config), encoding="utf-8")
+    store.clear_remains()
+    write_whole(run.output / "config.yaml", dump(run.config))
     write_quarantine(run.dataset.quarantined, run.output / "quarantine.jsonl")
     log = MetricsLog(run.output, run.config.logging, (position.phase, position.step), run.config.model_dump(mode="json"))
     try:
@@ -148,10 +156,14 @@ def train(run: Run, report: Callable[[str, Evaluation], None], reported: Callabl
             for phase in run.plan.phases:
                 trainer = run.trainer(phase)
                 done = (phase.phase.index, True) <= (position.phase, position.complete)
+                if stop:
+                    raise Stopped
                 if not done:
                     state, start = _begin(run, phase, trainer, store, position)
                     _train_phase(run, phase, trainer, state, start, store, log, stop, profile)
                     del state
+                if stop:
+                    raise Stopped
                 _finish_phase(run, phase, trainer, store, report, reported)
     finally:
         store.wait()
@@ -209,6 +221,7 @@ def _train_phase(
     rate, saved_at = Rate(peak_flops(list(run.mesh.devices.flat))), time.monotonic()
     source = batches(steps, start, run.dataset.examples, phase.shapes, phase.training.gradient_accumulation_steps)
     pending: tuple[dict[str, Any], dict[str, jax.Array]] | None = None
+    tracing = False
     bar = tqdm(total=len(steps), initial=start, desc=phase.phase.folder, unit="step", dynamic_ncols=True, mininterval=0.5)
 
     def flush() -> None:
@@ -217,7 +230,8 @@ def _train_phase(
         if pending is None:
             return
         (facts, metrics), pending = pending, None
-        line = facts | {name: float(value) for name, value in metrics.items()} | rate.lap(facts["tokens"], facts.pop("flops"))
+        flops = facts.pop("flops")
+        line = facts | {name: float(value) for name, value in metrics.items()} | rate.lap(facts["tokens"], flops)
         log.write(line, last=facts["step"] == len(steps))
         shown = {"loss": f"{line['loss']:.3f}", "lr": f"{line['learning_rate']:.2e}", "tok/s": f"{line['tokens_per_second']:,.0f}"}
         bar.set_postfix(shown | ({"mfu": f"{line['mfu']:.1%}"} if "mfu" in line else {}), refresh=False)
@@ -226,13 +240,15 @@ def _train_phase(
     for step, batch in enumerate(source, start):
         if profile and before + step == profile[0]:
             jax.profiler.start_trace(str(run.output / "profile"))
+            tracing = True
         learning_rate = put(np.asarray(rates[step], np.float32), "", run.mesh)
         state, metrics = trainer.step(state, put(batch, BATCH_DIMS, run.mesh), learning_rate)
         flush()
         pending = _facts(run, phase, step, before, batch), metrics
-        if profile and before + step + 1 == profile[1]:
+        if tracing and profile and (stop or before + step + 1 >= profile[1]):
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
+            tracing = False
         done = step + 1
         position = Position(phase.phase.index, done, done // steps.per_epoch, complete=done == len(steps))
         if position.complete:
@@ -278,7 +294,6 @@ def _facts(run: Run, phase: PhasePlan, step: int, before: int, batch: Any) -> di
         "step": step + 1,
         "epoch": (step + 1) / phase.steps.per_epoch,
         "global_step": before + step + 1,
-        "learning_rate": float(phase.learning_rates[step]),
         "examples": len(rows),
         "tokens": tokens,
         "response_tokens": int(phase.response_lengths[rows].sum()),
@@ -298,8 +313,14 @@ def _due(run: Run, done: int, saved_at: float) -> bool:
 def _stop_requests() -> Iterator[list[int]]:
     """SIGINT and SIGTERM, noted in a list for the loop to see between two steps; a second one changes nothing."""
     seen: list[int] = []
+
+    def note(received: int, _: Any) -> None:
+        if not seen:
+            os.write(2, b"\nstopping once everything is saved\n")
+        seen.append(received)
+
     try:
-        old = {number: signal.signal(number, lambda received, _: seen.append(received)) for number in (signal.SIGINT, signal.SIGTERM)}
+        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread: a caller that embeds us keeps its own handlers
         old = {}
     try:
@@ -311,7 +332,16 @@ def _stop_requests() -> Iterator[list[int]]:
 
 def _check_output(config: RunConfig) -> None:
     """Refuse an output_dir that holds something else, or a run with settings that would give another result."""
-    output = Path(config.output_dir)
+    if "://" in config.output_dir:
+        raise UserError(f"output_dir: '{config.output_dir}' is not a folder on a disk; a run writes to local folders only")
+    output = Path(config.output_dir).expanduser()
+    try:
+        _check_folder(config, output)
+    except OSError as error:
+        raise UserError(f"output_dir: cannot look into '{output}': {error.strerror}") from None
+
+
+def _check_folder(config: RunConfig, output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"output_dir: '{output}' is a file; name a folder")
     there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from phased_ift_jax.config import LoggingConfig
+from phased_ift_jax.files import write_whole
 from phased_ift_jax.records import UserError
 
 # peak bf16 FLOP/s of one chip, from the makers' data sheets
@@ -53,9 +54,7 @@ class MetricsLog:
     def __init__(self, folder: Path, config: LoggingConfig, resume_after: tuple[int, int], settings: dict[str, Any]) -> None:
         path, name = folder / "metrics.jsonl", config.run_name or folder.resolve().name
         kept = [line for line in _whole_lines(path) if (line["phase_index"], line["step"]) <= resume_after]
-        aside = path.with_name(path.name + ".part")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(aside, path)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._every = config.logging_steps
         self._tensorboard = _tensorboard(folder / "tensorboard" / name, kept[-1]["global_step"] + 1 if kept else 0) if "tensorboard" in config.report_to else None
@@ -83,13 +82,10 @@ class MetricsLog:
 
 
 class Rate:
-    """Tokens and FLOPs per second since the last look, the compilation of a first step left out by the caller's `restart`."""
+    """Tokens and FLOPs per second since the last look; the first step of a row length has its compilation in it."""
 
     def __init__(self, peak: float | None) -> None:
         self._peak = peak
-        self.restart()
-
-    def restart(self) -> None:
         self._since = time.perf_counter()
 
     def lap(self, tokens: int, flops: float) -> dict[str, float]:
@@ -122,4 +118,4 @@ def _tensorboard(folder: Path, purge_step: int) -> Any:
 def _wandb(name: str, folder: Path, settings: dict[str, Any]) -> Any:
     import wandb
 
-    return wandb.init(name=name, dir=str(folder), id=name, resume="allow", config=settings)
+    return wandb.init(name=name, dir=str(folder), id=hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16], resume="allow", config=settings)

@@ -12,7 +12,7 @@ from phased_ift_jax.data.batches import Steps
 from phased_ift_jax.data.dataset import Dataset
 from phased_ift_jax.data.packing import Shapes, choose_shapes
 from phased_ift_jax.models.decoder import DecoderConfig
-from phased_ift_jax.records import Phase
+from phased_ift_jax.records import Phase, UserError
 from phased_ift_jax.training.schedule import learning_rates
 
 
@@ -108,6 +108,8 @@ def row_price(model: DecoderConfig) -> float:
 def make_plan(config: RunConfig, dataset: Dataset, model: DecoderConfig, row_devices: int) -> Plan:
     """Steps, rates and shapes of every phase; `row_devices` is how many devices share the rows of a batch."""
     trainings = [training_of(config.training, phase) for phase in dataset.phases]
+    if config.curriculum.optimizer_state == "keep" and len({training.optim for training in trainings}) > 1:
+        raise UserError("curriculum.phases: optim changes between phases, and optimizer_state: keep has moments of one optimizer only; use reset")
     steps = [steps_of(training, phase, config.seed) for training, phase in zip(trainings, dataset.phases, strict=True)]
     phased = [len(steps_of(training_of(config.training, phase), phase, config.seed)) for phase in dataset.phased]
     rates = learning_rates(config.curriculum, trainings, [len(s) for s in steps], phased)

@@ -86,7 +86,7 @@ class Trainer:
         def step(state: TrainState, batch: PackedBatch, learning_rate: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
             loss, gradients = self._loss_and_gradients(state.params, batch)
             params, opt_state = apply(self.optimizer, state.params, state.opt_state, gradients, learning_rate)
-            metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients)}
+            metrics = {"learning_rate": learning_rate, "loss": loss, "grad_norm": optax.global_norm(gradients)}
             return TrainState(params, opt_state), metrics
 
         return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, replicated(self.mesh)))
