@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -331,3 +332,28 @@ def test_an_export_that_fails_leaves_nothing_half_written(after: int, before: bo
     hf_weights.export(params, folder, out)
     assert contents(out) == contents(folder.path)
     assert [file.name for file in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        ("GatedRepoError", "'org/name' is gated; accept the licence on its page, then set HF_TOKEN"),
+        ("RepositoryNotFoundError", "no folder and no hub model 'org/name'"),
+        ("RevisionNotFoundError", "model.revision: 'org/name' has no branch, tag or commit 'v9'"),
+        ("LocalEntryNotFoundError", "cannot reach the hub for 'org/name', and it is not in the cache"),
+        ("HFValidationError", "no such folder 'org/name', and it is not a hub name"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(monkeypatch, error, line):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    kind = getattr(errors, error)
+
+    def refuse(*_, **__):
+        raise kind.__new__(kind)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(UserError, match=re.escape(line)) as caught:
+        open_folder("org/name", "v9")
+    assert "\n" not in str(caught.value)
