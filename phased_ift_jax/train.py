@@ -95,7 +95,8 @@ def describe(run: Run) -> str:
 
 
 def _parser() -> cli.Parser:
-    parser = cli.Parser(prog="phased_ift_jax.train", usage="python -m phased_ift_jax.train CONFIG [--profile START:STOP] [--KEY VALUE ...]", description=__doc__, argument_default=argparse.SUPPRESS)
+    usage = "python -m phased_ift_jax.train CONFIG [--profile START:STOP] [--KEY VALUE ...]"
+    parser = cli.Parser(prog="phased_ift_jax.train", usage=usage, description=__doc__, argument_default=argparse.SUPPRESS)
     parser.add_argument("config", metavar="CONFIG", help="YAML of one run, such as configs/quickstart.yaml")
     parser.add_argument("--profile", metavar="START:STOP", default=None, help="trace these optimizer steps of the run (from 0) for xprof")
     keys = parser.add_argument_group("keys of the configuration, each of which may be given as a flag with a YAML value")
