@@ -6,6 +6,7 @@ without it), and the tokens before are what generation is given. A row that brea
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ def load_tokenizer(folder: Path) -> Any:
     """
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         raise UserError(f"model.model_name_or_path: '{folder}' has no tokenizer.json and no tokenizer.model")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch is as it should be
     from transformers import AutoTokenizer
 
     try:
