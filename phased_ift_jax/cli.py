@@ -19,6 +19,8 @@ from phased_ift_jax.records import UserError
 
 VERBS = {
     "train": "train a model in phases, or at once",
+    "convert": "models between Hugging Face folders and orbax checkpoints",
+    "inspect": "what a model is and whether it can be trained, without loading it",
     "fetch": "download scored Alpaca, raw Alpaca or the test sets",
 }
 STOPPED = 75

@@ -214,6 +214,15 @@ class ExportConfig(Section):
 
     after_each_phase: bool = Field(True, description="write hf/<index>-<phase>/ after every phase, not only the last")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="dtype of the exported weights; default: the base's")
+    data_license: str | None = Field(None, description="licence of the data, as the model card is to state it")
+    push_to_hub: bool = Field(False, description="upload the last phase's folder when the run is done; it stays on the disk, too")
+    hub_model_id: str | None = Field(None, description="name on the hub to upload to: owner/model")
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if self.push_to_hub and (self.hub_model_id is None or self.hub_model_id.count("/") != 1):
+            raise ValueError(f"push_to_hub needs hub_model_id, a name such as owner/model; got {self.hub_model_id!r}")
+        return self
 
 
 class RunConfig(Section):

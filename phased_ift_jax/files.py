@@ -1,9 +1,15 @@
-"""Small files that are whole or not there (floor 0)."""
+"""Files and folders that are whole or not there (floor 0)."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from phased_ift_jax.records import UserError
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -11,3 +17,56 @@ def write_whole(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.part")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
+
+
+def part_of(destination: Path) -> Path:
+    """The folder in which a destination is made, beside it."""
+    return destination.with_name(f".{destination.name}.part")
+
+
+@contextmanager
+def building(destination: Path) -> Iterator[Path]:
+    """A folder aside, kept from an earlier call that was stopped; left without an error, it becomes the destination, which is then whole.
+
+    Raises:
+        UserError: another process is at it, or the disk is full (what is done so far stays aside).
+    """
+    aside = part_of(destination)
+    try:
+        aside.mkdir(parents=True, exist_ok=True)
+        handle = os.open(aside, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"cannot write '{destination}': {error.strerror}; name another folder") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing '{destination}'; wait for it, or name another folder") from None
+        try:
+            yield aside
+        except Exception as error:
+            if is_full(error):
+                free = os.statvfs(aside)
+                raise UserError(f"no space left for '{destination}' ({free.f_bavail * free.f_frsize:,} bytes free); make room, then the same command goes on") from error
+            raise
+        for path in [*aside.rglob("*"), aside]:
+            _settle(path)
+        os.rename(aside, destination)
+        _settle(destination.parent)
+    finally:
+        os.close(handle)
+
+
+def _settle(path: Path) -> None:
+    """Have the disk hold a file or folder, so that a rename after it survives a power cut with all that it names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk (or the user's share of it) is full; tensorstore says so in words only."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(os.strerror(number) in str(error) for number in full)

@@ -80,5 +80,6 @@ FOREIGN_KEYS: dict[str, str] = {
     "fsdp": "`fsdp` is `mesh.fsdp` here",
     "wandb_project": "`logging.report_to: [wandb]`; WANDB_PROJECT in the environment names the project",
     "logging_dir": "TensorBoard files lie in `output_dir`/tensorboard here",
-    "hub_model_id": "export to the hub is not done by a run here; upload hf/<index>-<phase>/",
+    "push_to_hub": "`push_to_hub` is `export.push_to_hub` here",
+    "hub_model_id": "`hub_model_id` is `export.hub_model_id` here",
 }

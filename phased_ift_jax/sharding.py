@@ -6,7 +6,8 @@ borders only: parameters by `tree_shardings`, batches by `put`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
@@ -77,13 +78,24 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def owned(tree: Any, shardings: Any) -> Any:
-    """The same arrays in buffers that XLA itself made.
+def owned(tree: Tree, shardings: Any) -> Tree:
+    """The same arrays in buffers that XLA itself made; those given are given up, one after another.
 
     Arrays that came from a file may share the host's memory or be held otherwise: they can be donated and yet not reused, so that the
     first step after a restore would hold the state twice (jax issue 18617).
     """
-    return jax.jit(lambda arrays: jax.tree.map(jnp.copy, arrays), out_shardings=shardings)(tree)
+
+    def one(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+        copy = _copying(sharding)(array).block_until_ready()
+        array.delete()
+        return copy
+
+    return jax.tree.map(one, tree, shardings)
+
+
+@cache
+def _copying(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(jnp.copy, out_shardings=sharding)
 
 
 def put(tree: Any, dims: str, mesh: Mesh) -> Any:

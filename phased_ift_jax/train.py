@@ -57,7 +57,9 @@ def main(argv: Sequence[str]) -> int:
         for name, answers in last.answers.items():
             for answer in answers[: run_config.evaluation.show_answers]:
                 print(f"\n{name}: {answer.prompt}\n  expected {answer.response!r}\n  answered {answer.answer!r}")
-    print(f"\ndone: {run.output / 'hf' / run.plan.phases[-1].phase.folder} loads with transformers.AutoModelForCausalLM")
+    print(f"\ndone: {run.last_export} loads with transformers.AutoModelForCausalLM", flush=True)
+    if address := loop.publish(run):
+        print(f"uploaded: {address}")
     return 0
 
 

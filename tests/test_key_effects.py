@@ -145,6 +145,9 @@ OWN_TEST = {
     "logging.run_name",
     "export.after_each_phase",
     "export.dtype",
+    "export.data_license",
+    "export.push_to_hub",
+    "export.hub_model_id",
 }
 
 
@@ -198,12 +201,27 @@ def test_logging_keys(base, tmp_path):
 def test_export_keys_and_evaluation_keys(base, tmp_path):
     output = tmp_path / "run"
     changes = {"output_dir": str(output), "export.after_each_phase": False, "export.dtype": "bfloat16", "evaluation.exact_match": True, "evaluation.max_new_tokens": 3}
+    changes |= {"export.data_license": "CC BY-NC 4.0"}
     _, told = train(changed(base, SHORT | changes))
     assert [path.name for path in (output / "hf").iterdir()] == ["2-stage2"]
     assert json.loads((output / "hf/2-stage2/config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert "licence: CC BY-NC 4.0" in (output / "hf/2-stage2/README.md").read_text()
     answers = [answer.answer for evaluation in told.values() for found in evaluation.answers.values() for answer in found]
     assert answers
     assert max(len(answer.split()) for answer in answers) <= 3
+
+
+def test_hub_keys(base, tmp_path, monkeypatch):
+    """Nothing is uploaded unless asked for; then it is the last phase's folder, under the name given, after all is on the disk."""
+    sent = []
+    monkeypatch.setattr(loop.hub, "push", lambda folder, name: sent.append((folder, name)) or "address")
+    config = changed(base, SHORT | {"output_dir": str(tmp_path / "run"), "export.hub_model_id": "owner/model"})
+    assert loop.publish(loop.prepare(config)) is None
+    asked = changed(base, SHORT | {"output_dir": str(tmp_path / "run"), "export.hub_model_id": "owner/model", "export.push_to_hub": True})
+    assert loop.publish(loop.prepare(asked)) == "address"
+    assert sent == [(tmp_path / "run/hf/2-stage2", "owner/model")]
+    with pytest.raises(ValueError, match="push_to_hub needs hub_model_id"):
+        changed(base, {"export.push_to_hub": True})
 
 
 def test_show_answers(base, tmp_path, capsys):

@@ -15,14 +15,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import yaml
 
 from phased_ift_jax import config as config_module
+from phased_ift_jax import convert as convert_verb
 from phased_ift_jax import train as train_verb
 from phased_ift_jax.data import batches
 from phased_ift_jax.evaluation.forgetting import ForgettingMatrix
 from phased_ift_jax.records import UserError
 from phased_ift_jax.training import loop
-from phased_ift_jax.training.checkpoint import Checkpoints
+from phased_ift_jax.training.checkpoint import Checkpoints, load_arrays
 from phased_ift_jax.training.schedule import scales
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
@@ -123,6 +125,38 @@ def test_saved_config_runs_as_it_is_and_finds_nothing_left_to_do(undisturbed):
     np.testing.assert_array_equal(final_weights(undisturbed)["model.norm.weight"], weights["model.norm.weight"])
 
 
+@pytest.mark.parametrize("phase", ["1-easy", "3-hard"])
+def test_a_checkpoint_converted_later_is_what_the_run_exported(undisturbed, tmp_path, phase):
+    """`convert to-hf` of a run (its last phase) or of an earlier phase's checkpoint gives the run's own folder, model card and all."""
+    source = undisturbed if phase == "3-hard" else next((undisturbed / "checkpoints" / phase).iterdir())
+    assert convert_verb.main(["to-hf", str(source), str(tmp_path / "again")]) == 0
+    exported = undisturbed / "hf" / phase
+    assert {path.name for path in (tmp_path / "again").iterdir()} == {path.name for path in exported.iterdir()}
+    for path in exported.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_the_model_card_says_what_the_run_did(undisturbed):
+    """Base, data, arm, phases, settings, versions and held-out figures, each as it is in the run's own files."""
+    card = (undisturbed / "hf/2-medium/README.md").read_text()
+    _, front, body = card.split("---\n", 2)
+    assert yaml.safe_load(front)["license"] == "other"
+    assert "base_model" not in yaml.safe_load(front), "a local folder is no name on the hub"
+    settings = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
+    assert config_module.RunConfig.model_validate(settings) == config_module.load(undisturbed / "config.yaml")
+    rows = json.loads((undisturbed / "forgetting.json").read_text())["rows"]
+    for row in rows[:3]:
+        assert f"| {row['after']} | " + " | ".join(f"{value:.3f}" for value in row["loss"].values()) + " |" in body
+    assert "3-hard" not in body
+    last = [line for line in metrics(undisturbed) if line["phase_index"] == 2][-1]
+    assert f"| medium | {last['step']} | 2 | {last['learning_rate']:.3g} | {last['loss']:.4f} |" in body
+    facts = json.loads((undisturbed / "hf/2-medium/provenance.json").read_text())
+    assert facts["data"]["sha256"] in body
+    assert facts["versions"]["jax"] == jax.__version__
+    assert f"jax {jax.__version__}" in body
+    assert f"arm `{facts['arm']}`" in body
+
+
 class Crash(Exception):
     pass
 
@@ -158,14 +192,14 @@ def test_interrupted_at_a_random_step_of_each_phase(rows, undisturbed, tmp_path,
 @pytest.mark.parametrize("call", [1, 2, 3])
 def test_interrupted_between_a_phase_and_the_next(rows, undisturbed, tmp_path, monkeypatch, moment, call):
     """Resumed at a boundary, a phase is neither skipped nor trained twice, and what was missing after it is made up."""
-    owner = loop if moment == "evaluate" else loop.hf_weights
+    owner = loop if moment == "evaluate" else loop.conversion
     real, calls = getattr(owner, moment), [0]
 
-    def failing(*arguments):
+    def failing(*arguments, **options):
         calls[0] += 1
         if calls[0] == call:
             raise Crash
-        return real(*arguments)
+        return real(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, moment, failing)
@@ -192,7 +226,7 @@ def test_next_phase_starts_from_the_checkpoint_of_the_one_before(rows, tmp_path,
     store = Checkpoints(run.output / "checkpoints", run.dataset.identity, 2)
     for (before, *_), (_, params, opt_state) in pairwise(seen):
         shapes, shardings = {"params": trainer.shapes.params}, {"params": trainer.shardings.params}
-        loaded = store.load(store.of_phase(before), shapes, shardings)["params"]
+        loaded = load_arrays(store.of_phase(before), shapes, shardings)["params"]
         jax.tree.map(np.testing.assert_array_equal, params, loaded)
         moments = [leaf for leaf in jax.tree.leaves(opt_state) if leaf.ndim]
         assert any(leaf.any() for leaf in moments) == (state == "keep")

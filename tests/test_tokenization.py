@@ -181,6 +181,13 @@ def test_control_tokens_in_the_users_text_are_quarantined(place: str, token: str
     assert refused(bad, llama2) == f"the text contains the control token {token!r}"
 
 
+def test_further_control_tokens_of_a_tokenizer_are_quarantined_too() -> None:
+    """Law: so is a text with a control token that is neither BOS nor EOS, such as Mistral v0.3's [INST]."""
+    tokenizer = load_tokenizer(Path(__file__).parent.parent / "configs/quickstart/model")
+    tokenizer.backend_tokenizer.add_special_tokens(["[INST]"])
+    assert refused(record(Turn("Repeat: a [INST] b", "a")), tokenizer) == "the text contains the control token '[INST]'"
+
+
 @pytest.mark.parametrize("response", ["", " \n\t"])
 def test_an_empty_response_is_quarantined_in_any_turn(response: str, llama2: Any) -> None:
     assert refused(record(Turn("a", "b"), Turn("c", response)), llama2) == "empty response"

@@ -7,44 +7,60 @@ without it), and the tokens before are what generation is given. A row that brea
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from phased_ift_jax.data.templates import Rendered, render
+from phased_ift_jax.data.tokenizer_json import added_files
 from phased_ift_jax.records import InstructionRecord, Quarantined, TokenizedExample, UserError
 
 BATCH = 1024  # rows handed to the Rust tokenizer at once
+CONFIGURATION = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "additional_chat_templates/*.jinja")
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The fast `transformers` tokenizer of a model folder.
+    """The fast `transformers` tokenizer of a model folder: its tokenizer.json as it is, or one with the ids of its SentencePiece tokenizer.model.
+
+    Special tokens and chat template are those of tokenizer_config.json, special_tokens_map.json and the like. Only local files are read.
 
     Raises:
-        UserError: there is none, or it has no beginning- or end-of-sequence token.
+        UserError: there is none, it cannot be had exactly, or it has no beginning- or end-of-sequence token.
     """
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         raise UserError(f"model.model_name_or_path: '{folder}' has no tokenizer.json and no tokenizer.model")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch is as it should be
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    except Exception as error:  # transformers raises many kinds for a folder it cannot read
-        raise UserError(f"model.model_name_or_path: the tokenizer of '{folder}' does not load: " + " ".join(str(error).split())) from None
+    with TemporaryDirectory() as complete:
+        place = folder
+        if added := added_files(folder):
+            # what an export would hold: transformers would make a tokenizer.model into another tokenizer, so it is given none
+            place = Path(complete)
+            for file in (file for pattern in CONFIGURATION for file in folder.glob(pattern)):
+                (place / file.relative_to(folder)).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, place / file.relative_to(folder))
+            for name, text in added.items():
+                (place / name).write_text(text, encoding="utf-8")
+        try:
+            # AutoTokenizer would choose a class by name, and some (LlamaTokenizer) take the file's merges and put their own pipeline around them
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(place), local_files_only=True)
+        except Exception as error:  # transformers raises many kinds for a folder it cannot read
+            raise UserError(f"model.model_name_or_path: the tokenizer of '{folder}' does not load: " + " ".join(str(error).split())) from None
+    tokenizer.name_or_path = str(folder)
     for name in ("bos_token", "eos_token"):
         if not getattr(tokenizer, name):
             raise UserError(f"model.model_name_or_path: the tokenizer of '{folder}' has no {name}")
-    if not tokenizer.is_fast:
-        raise UserError(f"model.model_name_or_path: the tokenizer of '{folder}' gives no offsets; a tokenizer.json would do")
     return tokenizer
 
 
 def tokenize(records: Sequence[InstructionRecord], tokenizer: Any, template: str, max_length: int, truncation: str = "truncate") -> Iterator[TokenizedExample | Quarantined]:
     """One example or one quarantined row for each record, in order."""
-    control = sorted({*tokenizer.all_special_tokens} - {""})
+    control = sorted({*tokenizer.all_special_tokens, *(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)} - {""})
     for start in range(0, len(records), BATCH):
         part = records[start : start + BATCH]
         reasons = [_unusable(record, control) for record in part]

@@ -14,8 +14,9 @@ import numpy as np
 class Rope:
     """Rotary position embedding: base `theta`, and the scaling of long-context checkpoints by its Hugging Face name.
 
-    `default` scales nothing; `linear` divides positions by `factor`; `llama3` keeps short wavelengths, divides long ones by `factor`
-    and blends between (`transformers.modeling_rope_utils`, Llama 3.1).
+    `default` scales nothing; `linear` divides positions by `factor`; `llama3` (Llama 3.1) keeps short wavelengths, divides long ones by
+    `factor` and blends between; `yarn` (Peng et al., 2023, arXiv 2309.00071) blends between the coordinates that turn `beta_fast` and
+    `beta_slow` times over the original length, and scales cosines and sines by `attention_factor`. All as `transformers.modeling_rope_utils`.
     """
 
     theta: float = 10_000.0
@@ -24,6 +25,10 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
 
     def frequencies(self, head_dim: int) -> np.ndarray:
         """Radians per position of each pair of coordinates, float32, shape (H/2,)."""
@@ -37,7 +42,27 @@ class Rope:
             blend = (self.original_max_position_embeddings / wavelength - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
             blended = (1 - blend) * inverse / self.factor + blend * inverse
             inverse = np.where(wavelength > long, inverse / self.factor, np.where(wavelength < short, inverse, blended))
+        if self.kind == "yarn":
+            low, high = (self._coordinate(turns, head_dim) for turns in (self.beta_fast, self.beta_slow))
+            if self.truncate:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, head_dim - 1)
+            scaled = np.clip((np.arange(head_dim // 2) - low) / (high - low or 0.001), 0, 1)
+            inverse = scaled * inverse / self.factor + (1 - scaled) * inverse
         return inverse.astype(np.float32)
+
+    def _coordinate(self, turns: float, head_dim: int) -> float:
+        """The pair of coordinates, as a real number, that turns so many times over the original length."""
+        return head_dim * math.log(self.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+
+def yarn_attention_factor(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:
+    """What yarn scales cosines and sines by where the checkpoint does not say: 0.1 ln(factor) + 1, or DeepSeek's ratio of two such."""
+
+    def scale(m: float) -> float:
+        return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    return scale(mscale) / scale(mscale_all_dim) if mscale and mscale_all_dim else scale(1.0)
 
 
 def rotations(rope: Rope, head_dim: int, positions_BT: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
@@ -45,7 +70,7 @@ def rotations(rope: Rope, head_dim: int, positions_BT: jax.Array, dtype: jnp.dty
     wide = jnp.promote_types(dtype, jnp.float32)
     angles_BTH = positions_BT[..., None].astype(wide) * jnp.asarray(rope.frequencies(head_dim), wide)
     angles_BT1H = jnp.concatenate([angles_BTH, angles_BTH], axis=-1)[:, :, None, :]
-    return jnp.cos(angles_BT1H).astype(dtype), jnp.sin(angles_BT1H).astype(dtype)
+    return (jnp.cos(angles_BT1H) * rope.attention_factor).astype(dtype), (jnp.sin(angles_BT1H) * rope.attention_factor).astype(dtype)
 
 
 def rotate(x_BTNH: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -8,8 +8,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from phased_ift_jax.models import llama, mistral
+from phased_ift_jax.models import hub, llama, mistral
 from phased_ift_jax.models.decoder import DecoderConfig
+from phased_ift_jax.models.tensor_files import INDEX, ONE
 from phased_ift_jax.records import UserError
 
 FAMILIES: dict[str, ModuleType] = {"llama": llama, "mistral": mistral}
@@ -22,9 +23,12 @@ BESIDE = (
     "chat_template*",
     "generation_config.json",
     "LICENSE*",
+    "LICENCE*",
     "NOTICE*",
     "USE_POLICY*",
 )
+CARD = "README.md"
+CONVERTED, CONVERSION = "checkpoint", "conversion.json"  # in a folder made by `convert from-hf`: its weights, for orbax, and what they were
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,24 @@ class Folder:
         """The dtype that config.json states for the weights (transformers 5: `dtype`, before: `torch_dtype`)."""
         return str(self.attributes.get("dtype") or self.attributes.get("torch_dtype") or "float32")
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are safetensors to read, rather than config and tokenizer alone."""
+        return (self.path / ONE).exists() or (self.path / INDEX).exists()
+
+    @property
+    def converted(self) -> Path | None:
+        """The orbax checkpoint of a folder made by `convert from-hf`."""
+        return self.path / CONVERTED if (self.path / CONVERTED).is_dir() else None
+
     def beside(self) -> list[Path]:
         """Tokenizer, generation settings and licences: what an export copies byte for byte."""
         return sorted({file for pattern in BESIDE for file in self.path.glob(pattern) if file.is_file()})
+
+    def generation_config(self) -> str | None:
+        """What a generation_config.json says where the base has none: config.json's own token ids, as transformers derives them."""
+        ids = {name: self.attributes[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if self.attributes.get(name) is not None}
+        return json.dumps({"_from_model_config": True} | ids, indent=2) + "\n" if ids else None
 
 
 def open_folder(name_or_path: str, revision: str | None = None, weights: bool = True) -> Folder:
@@ -59,38 +78,22 @@ def open_folder(name_or_path: str, revision: str | None = None, weights: bool = 
     """
     path = Path(name_or_path).expanduser()
     if not path.is_dir():
-        path = _download(name_or_path, revision, weights)
+        if not hub.is_name(name_or_path):
+            raise UserError(f"model.model_name_or_path: no such folder '{name_or_path}'; give a folder with config.json, or a hub name such as meta-llama/Llama-2-7b-hf")
+        path = hub.download(name_or_path, revision, ["*.json", CARD, *BESIDE] + ["*.safetensors"] * weights)
     try:
         attributes = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except OSError:
         raise UserError(f"model.model_name_or_path: '{path}' has no config.json; give a Hugging Face model folder") from None
     except ValueError as error:
         raise UserError(f"model.model_name_or_path: '{path / 'config.json'}' is not JSON: {error}") from None
-    family = FAMILIES.get(attributes.get("model_type", ""))
+    if not isinstance(attributes, dict):
+        raise UserError(f"model.model_name_or_path: '{path / 'config.json'}' is not a JSON object; give a Hugging Face model folder")
+    kind = attributes.get("model_type")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
-        raise UserError(f"config.json: model_type {attributes.get('model_type')!r} is not supported (only {', '.join(FAMILIES)})")
+        raise UserError(f"config.json: model_type {kind!r} is not supported (only {', '.join(FAMILIES)})")
     architectures = attributes.get("architectures") or [family.ARCHITECTURE]
     if architectures != [family.ARCHITECTURE]:
         raise UserError(f"config.json: architectures {architectures} is not supported (only {family.ARCHITECTURE})")
     return Folder(path, attributes, family.decoder_config(attributes))
-
-
-def _download(name: str, revision: str | None, weights: bool) -> Path:
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"model.model_name_or_path: no such folder '{name}'; give a folder with config.json, or a hub name such as meta-llama/Llama-2-7b-hf")
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    patterns = ["*.json", "tokenizer*", "chat_template*", "merges.txt", "LICENSE*", "NOTICE*", "USE_POLICY*"] + ["*.safetensors"] * weights
-    try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*"]))
-    except errors.GatedRepoError:
-        raise UserError(f"model.model_name_or_path: '{name}' is gated; accept the licence on its page, then set HF_TOKEN") from None
-    except errors.RevisionNotFoundError:
-        raise UserError(f"model.revision: '{name}' has no branch, tag or commit {revision!r}") from None
-    except errors.HFValidationError:
-        raise UserError(f"model.model_name_or_path: no such folder '{name}', and it is not a hub name") from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(f"model.model_name_or_path: no folder and no hub model '{name}' (a private one needs HF_TOKEN)") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        raise UserError(f"model.model_name_or_path: cannot reach the hub for '{name}', and it is not in the cache ({type(error).__name__}); give a local folder") from None

@@ -1,33 +1,28 @@
-"""Weights between Hugging Face safetensors and our parameters, tensor by tensor, by the family's table read both ways.
+"""Weights between Hugging Face tensors and our parameters, tensor by tensor, by the family's table read both ways.
 
-Import reads only the slices that a device holds, straight into its shard; export holds one tensor at a time and writes to a folder
-aside that is renamed when whole. A model is never in host memory at once.
+Import reads only the slices that a device holds, straight into its shard; export makes one tensor at a time. A model is never in host
+memory at once.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache, partial
 from typing import Any
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from phased_ift_jax.models.decoder import Params, parameter_shapes
-from phased_ift_jax.models.hf_folder import Folder
+from phased_ift_jax.models.hf_folder import CONVERSION, Folder
+from phased_ift_jax.models.tensor_files import DTYPES, Index, Tensor, Tensors, reordered
 from phased_ift_jax.records import UserError
 from phased_ift_jax.sharding import owned
-
-DTYPES = {"F64": np.dtype("float64"), "F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
-CODES = {dtype.name: code for code, dtype in DTYPES.items()}
-SHARD_BYTES = 5_000_000_000
-Index = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -62,34 +57,40 @@ class Layout:
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
         """Our whole parameter in their dims."""
-        size = dict(zip(self.ours, array.shape, strict=True))
         letters = "".join(self.theirs)
-        return array.transpose([self.ours.index(letter) for letter in letters]).reshape([math.prod(size[letter] for letter in group) for group in self.theirs])
+        ordered = array.transpose([self.ours.index(letter) for letter in letters])
+        return reordered(ordered, array.dtype).reshape(self.their_shape(array.shape))
 
     def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         size = dict(zip(self.ours, shape, strict=True))
         return tuple(math.prod(size[letter] for letter in group) for group in self.theirs)
 
 
-class Tensors:
-    """The tensors of a safetensors folder, one file or many, mapped and read by slices."""
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of ours and the tensors that make it: one of each layer where it is stacked, else a single one."""
 
-    def __init__(self, folder: Path) -> None:
-        files = _weight_files(folder)
-        self._where: dict[str, tuple[Path, int, dict[str, Any]]] = {}
-        for file in files:
-            for name, (start, entry) in _header(file).items():
-                self._where[name] = (file, start, entry)
+    path: str
+    layout: Layout
+    names: tuple[str, ...]
+    stacked: bool
+    shape: tuple[int, ...]  # of the parameter, in our dims
 
-    def names(self) -> set[str]:
-        return set(self._where)
+    @property
+    def each(self) -> tuple[int, ...]:
+        """The shape of one layer's part of the parameter, in our dims."""
+        return self.shape[1:] if self.stacked else self.shape
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._where[name][2]["shape"])
 
-    def read(self, name: str, index: Index) -> np.ndarray:
-        file, start, entry = self._where[name]
-        return np.array(np.memmap(file, DTYPES[entry["dtype"]], "r", start, self.shape(name))[index])
+def weights(folder: Folder) -> list[Weight]:
+    """What a model of this folder's sizes consists of, in the order of an export."""
+    shapes = parameter_shapes(folder.config, jnp.dtype(jnp.float32))
+    found = []
+    for path, name, rule in folder.weights:
+        stacked = "{}" in name
+        names = tuple(name.format(layer) for layer in range(folder.config.num_layers)) if stacked else (name,)
+        found.append(Weight(path, Layout.parse(rule), names, stacked, get(shapes, path).shape))
+    return found
 
 
 def check(folder: Folder) -> Tensors:
@@ -99,166 +100,111 @@ def check(folder: Folder) -> Tensors:
         UserError: a tensor is missing, unknown or of another shape, or a file is missing, cut off or no safetensors file.
     """
     tensors = Tensors(folder.path)
-    shapes, rows = parameter_shapes(folder.config, np.dtype(np.float32)), folder.weights
-    layers = range(folder.config.num_layers)
-    expected = {name.format(layer): path for path, name, _ in rows for layer in (layers if "{}" in name else [0])}
-    missing = sorted(set(expected) - tensors.names())
-    ignored = {name for name in tensors.names() if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and folder.config.tie_word_embeddings)}
-    unknown = sorted(tensors.names() - set(expected) - ignored)
-    for fault, names in (("has no tensor", missing), ("holds an unknown tensor", unknown)):
-        if names:
-            raise UserError(f"model.model_name_or_path: '{folder.path}' {fault} {names[0]}" + (f" (and {len(names) - 1} more)" if names[1:] else ""))
-    for path, name, rule in rows:
-        shape = _get(shapes, path).shape
-        wanted = Layout.parse(rule).their_shape(shape[1:] if "{}" in name else shape)
-        for each in {name.format(layer) for layer in layers}:
-            if tensors.shape(each) != wanted:
-                raise UserError(f"model.model_name_or_path: {each} has shape {tensors.shape(each)}, config.json says {wanted}")
+    check_shapes(folder, {name: tensors.shape(name) for name in tensors.names()})
     return tensors
 
 
-def load(folder: Folder, shardings: Any, dtype: Any) -> Params:
-    """The checkpoint's parameters in `dtype`, each made shard by shard under its sharding; raises `UserError` as `check` does."""
-    tensors, shapes = check(folder), parameter_shapes(folder.config, dtype)
-
-    def one(path: str, name: str, rule: str) -> jax.Array:
-        layout, shape = Layout.parse(rule), _get(shapes, path).shape
-        stacked = "{}" in name
-        each = shape[1:] if stacked else shape
-
-        def piece(index: Index | None) -> np.ndarray:
-            assert index is not None, "jax asks for slices of every dim"
-            inner = index[1:] if stacked else index
-            sizes = tuple(len(range(*part.indices(size))) for part, size in zip(inner, each, strict=True))
-            pieces = [
-                layout.to_ours(tensors.read(name.format(layer), layout.their_index(inner, each)), sizes).astype(dtype)
-                for layer in (range(*index[0].indices(shape[0])) if stacked else [0])
-            ]
-            return np.stack(pieces) if stacked else pieces[0]
-
-        return jax.make_array_from_callback(shape, _get(shardings, path), piece)
-
-    return owned(_tree({path: one(path, name, rule) for path, name, rule in folder.weights}), shardings)
+def check_shapes(folder: Folder, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `UserError` unless a checkpoint with these tensors is what config.json asks for."""
+    expected = {name: weight for weight in weights(folder) for name in weight.names}
+    missing = sorted(set(expected) - set(shapes))
+    ignored = {name for name in shapes if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and folder.config.tie_word_embeddings)}
+    unknown = sorted(set(shapes) - set(expected) - ignored)
+    for fault, names in (("has no tensor", missing), ("holds an unknown tensor", unknown)):
+        if names:
+            raise UserError(f"model.model_name_or_path: '{folder.path}' {fault} {names[0]}" + (f" (and {len(names) - 1} more)" if names[1:] else ""))
+    for name, weight in expected.items():
+        wanted = weight.layout.their_shape(weight.each)
+        if shapes[name] != wanted:
+            raise UserError(f"model.model_name_or_path: {name} has shape {shapes[name]}, config.json says {wanted}")
 
 
-def export(params: Params, folder: Folder, destination: Path, dtype: str | None = None) -> None:
-    """Write parameters as a Hugging Face folder with the base's names, config and tokenizer; whole, or not there.
+def load(folder: Folder, shardings: Any, dtype: Any, done: Callable[[int], object] = lambda size: None) -> Params:
+    """The checkpoint's parameters in `dtype`, each filled layer by layer under its sharding; raises `UserError` as `check` does.
 
-    An earlier folder of that name is replaced. `dtype` is a name such as bfloat16; by default the base's.
+    A host reads its own slices only, once each, and holds one layer's part of one parameter beside what it has loaded. The buffers are
+    XLA's own, so that the first train step may reuse them. `done` is told the bytes of each part loaded.
     """
-    target = np.dtype(getattr(ml_dtypes, name) if (name := dtype or folder.dtype) == "bfloat16" else name)
-    aside = destination.with_name(f".{destination.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    attributes = dict(folder.attributes)
-    if dtype is not None and dtype != folder.dtype:
-        attributes |= {("dtype" if "dtype" in attributes else "torch_dtype"): dtype}
-        (aside / "config.json").write_text(json.dumps(attributes, indent=2) + "\n", encoding="utf-8")
-    else:
-        shutil.copyfile(folder.path / "config.json", aside / "config.json")
-    for file in folder.beside():
-        shutil.copyfile(file, aside / file.name)
-    _write_shards(aside, list(_their_tensors(params, folder)), target)
-    shutil.rmtree(destination, ignore_errors=True)
-    os.replace(aside, destination)
+    tensors, dtype = check(folder), jnp.dtype(dtype)
+    leaves = {}
+    # first what is copied whole, then the largest layers: the less room is left, the less is in flight
+    for weight in sorted(weights(folder), key=lambda weight: (weight.stacked, -math.prod(weight.each))):
+        sharding: NamedSharding = get(shardings, weight.path)
+        if weight.stacked:
+            assert sharding.spec[:1] in ((), (None,)), "layers are scanned, and so not sharded"
+            inner = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+            empty, put = _filling(weight.shape, sharding, dtype)
+            whole = empty()
+            for layer, name in enumerate(weight.names):
+                # waiting for each keeps parts from piling up behind the transfers
+                whole = put(whole, _part(tensors, weight, name, inner, dtype), layer).block_until_ready()
+                done(math.prod(weight.each) * dtype.itemsize)
+            leaves[weight.path] = whole
+        else:
+            leaves[weight.path] = owned(_part(tensors, weight, weight.names[0], sharding, dtype), sharding)
+            done(leaves[weight.path].nbytes)
+    return tree(leaves)
 
 
-def _their_tensors(params: Params, folder: Folder) -> Iterator[tuple[str, tuple[int, ...], Any]]:
-    for path, name, rule in folder.weights:
-        layout, array = Layout.parse(rule), _get(params, path)
-        stacked = "{}" in name
-        for layer in range(folder.config.num_layers) if stacked else [0]:
+def _part(tensors: Tensors, weight: Weight, name: str, sharding: NamedSharding, dtype: np.dtype) -> jax.Array:
+    """One tensor of a weight in our dims, each device's slice read from the file, and read once where several devices hold it."""
+    held: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
-            def read(array: jax.Array = array, layer: int = layer, layout: Layout = layout, stacked: bool = stacked) -> np.ndarray:
-                return layout.to_theirs(np.asarray(array[layer] if stacked else array))
+    def piece(index: Index | None) -> np.ndarray:
+        assert index is not None, "jax asks for slices of every dim"
+        cut = tuple(part.indices(size)[:2] for part, size in zip(index, weight.each, strict=True))
+        if cut not in held:
+            theirs = tensors.read(name, weight.layout.their_index(index, weight.each))
+            held[cut] = reordered(weight.layout.to_ours(theirs, tuple(stop - start for start, stop in cut)), dtype)
+        return held[cut]
 
-            yield name.format(layer), layout.their_shape(array.shape[1:] if stacked else array.shape), read
-
-
-def _write_shards(folder: Path, tensors: list[tuple[str, tuple[int, ...], Any]], dtype: np.dtype) -> None:
-    shards: list[list[tuple[str, tuple[int, ...], Any]]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        size = math.prod(tensor[1]) * dtype.itemsize
-        if shards[-1] and filled + size > SHARD_BYTES:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled += size
-    index: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        index |= {tensor[0]: name for tensor in shard}
-        _write_safetensors(folder / name, shard, dtype)
-    if len(shards) > 1:
-        total = sum(math.prod(shape) * dtype.itemsize for _, shape, _ in tensors)
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
-        (folder / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
+    return jax.make_array_from_callback(weight.each, sharding, piece)
 
 
-def _write_safetensors(file: Path, tensors: list[tuple[str, tuple[int, ...], Any]], dtype: np.dtype) -> None:
-    """The safetensors format: 8 bytes of header length, a JSON header padded to 8 bytes, then the tensors' bytes in its order."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape, _ in tensors:
-        size = math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": CODES[dtype.name], "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(file, "wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for _, _, read in tensors:
-            out.write(np.ascontiguousarray(read().astype(dtype)).tobytes())
-        out.flush()
-        os.fsync(out.fileno())
+@cache
+def _filling(shape: tuple[int, ...], sharding: NamedSharding, dtype: np.dtype) -> tuple[Callable[[], jax.Array], Callable[[jax.Array, jax.Array, int], jax.Array]]:
+    """Compiled once for parameters of one shape: an array of zeros, and its change in one layer."""
+    empty = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)
+    put = jax.jit(lambda whole, part, layer: jax.lax.dynamic_update_index_in_dim(whole, part, layer, 0), donate_argnums=0, out_shardings=sharding)
+    return empty, put
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that transformers would read; others may lie beside them (Mistral's repositories hold a consolidated.safetensors, too)."""
-    one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if one.exists():
-        return [one]
-    if not index.exists():
-        raise UserError(f"model.model_name_or_path: '{folder}' has no model.safetensors and no {index.name}; init: random starts without weights")
-    try:
-        files = sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"model.model_name_or_path: '{index}' is not an index of safetensors; fetch it again") from None
-    missing = [file.name for file in files if not file.exists()]
-    if missing:
-        raise UserError(f"model.model_name_or_path: '{folder}' lacks {missing[0]}" + (f" (and {len(missing) - 1} more)" if missing[1:] else "") + "; fetch it again")
-    return files
+def tensors_of(folder: Folder, read: Callable[[str, int | None], np.ndarray], dtype: str | None = None) -> list[Tensor]:
+    """The tensors of an export in order, each made when it is read, in the dtype of this name or, without one, in that of the base.
+
+    `read(path, layer)` gives one layer of our parameter at a path, or all of one that is not stacked (layer None).
+    """
+    dtypes = stored_dtypes(folder, dtype)
+
+    def make(weight: Weight, layer: int | None) -> np.ndarray:
+        return weight.layout.to_theirs(read(weight.path, layer))
+
+    return [
+        Tensor(name, weight.layout.their_shape(weight.each), dtypes(name), partial(make, weight, layer if weight.stacked else None))
+        for weight in weights(folder)
+        for layer, name in enumerate(weight.names)
+    ]
 
 
-def _header(file: Path) -> dict[str, tuple[int, dict[str, Any]]]:
-    """Each tensor's first byte in the file and its header entry."""
-    size = file.stat().st_size
-    try:
-        with open(file, "rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            if not 0 < length <= size - 8:
-                raise ValueError
-            header = json.loads(handle.read(length))
-        entries = {name: (8 + length + entry["data_offsets"][0], entry) for name, entry in header.items() if name != "__metadata__"}
-        whole = size == 8 + length + max((entry["data_offsets"][1] for _, entry in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"model.model_name_or_path: '{file}' is not a safetensors file; fetch it again") from None
-    if not whole:
-        raise UserError(f"model.model_name_or_path: '{file}' is cut off or damaged (its size is not what its header says); fetch it again")
-    wrong = next((name for name, (_, entry) in entries.items() if entry["dtype"] not in DTYPES), None)
-    if wrong is not None:
-        raise UserError(f"model.model_name_or_path: {wrong} has dtype {entries[wrong][1]['dtype']}; only {', '.join(DTYPES)} are read")
-    return entries
+def stored_dtypes(folder: Folder, dtype: str | None = None) -> Callable[[str], np.dtype]:
+    """The dtype that a tensor of this name gets on export: the one asked for, else the base's own, else what its config.json states."""
+    if dtype is None and folder.has_weights:
+        return Tensors(folder.path).dtype
+    if dtype is None and folder.converted:
+        codes = json.loads((folder.path / CONVERSION).read_text(encoding="utf-8"))["dtypes"]
+        return lambda name: DTYPES[codes[name]]
+    return lambda name: jnp.dtype(dtype or folder.dtype)
 
 
-def _get(tree: Any, path: str) -> Any:
+def get(params: Any, path: str) -> Any:
+    """The leaf of a tree at a path such as layers/mlp/gate."""
     for part in path.split("/"):
-        tree = tree[part]
-    return tree
+        params = params[part]
+    return params
 
 
-def _tree(flat: dict[str, Any]) -> Params:
+def tree(flat: dict[str, Any]) -> Params:
+    """A tree of nested dicts from leaves by path; the inverse of `get`."""
     root: Params = {}
     for path, leaf in flat.items():
         *parents, last = path.split("/")

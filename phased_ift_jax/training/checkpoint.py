@@ -6,6 +6,9 @@ the end of a phase is marked complete and, where the optimizer is reset, holds t
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
+import platform
 import re
 import shutil
 from collections.abc import Iterator
@@ -18,8 +21,10 @@ from orbax.checkpoint import v1 as ocp
 
 from phased_ift_jax.records import UserError
 from phased_ift_jax.sharding import owned
+from phased_ift_jax.training.stored import saving_options
 
 Tree = TypeVar("Tree")
+LIBRARIES = ("phased_ift_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
 COMMITTED = "commit_success.txt"  # orbax writes it last
 
 
@@ -54,7 +59,7 @@ class Checkpoints:
         if not found:
             return None
         position, path = found[-1]
-        if self._metadata(path)["identity"] != self.identity:
+        if metadata_of(path)["identity"] != self.identity:
             raise UserError(f"data.path: rows, scores or bins have changed since '{path}' was saved; restore them, or choose another output_dir")
         return position, path
 
@@ -76,8 +81,9 @@ class Checkpoints:
         self.wait()
         path = self.root / folder / str(position.step)
         path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = asdict(position) | {"identity": self.identity}
-        self._saving = ocp.save_async(path.absolute(), tree, overwrite=True, custom_metadata=metadata)
+        metadata = asdict(position) | {"identity": self.identity, "versions": versions()}
+        with saving_options():
+            self._saving = ocp.save_async(path.absolute(), tree, overwrite=True, custom_metadata=metadata)
 
     def wait(self) -> None:
         """Wait until the save under way is committed, then remove what it made old."""
@@ -95,21 +101,29 @@ class Checkpoints:
                 (path / COMMITTED).unlink()  # first: half removed, it is no checkpoint
                 shutil.rmtree(path)
 
-    def load(self, path: Path, shapes: Tree, shardings: Tree) -> Tree:
-        """The arrays of a checkpoint (or of the part of it that `shapes` spells) under these shardings."""
-        abstract = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)
-        context = ocp.Context()
-        context.pytree.loading.partial_load = True
-        with context:
-            restored = ocp.load(path.absolute(), abstract)
-        return owned(restored, shardings)
-
     def _committed(self) -> Iterator[tuple[Position, Path]]:
         for path in self.root.glob("*/*"):
             if re.fullmatch(r"[0-9]+", path.name) and (path / COMMITTED).exists():
-                metadata = self._metadata(path)
+                metadata = metadata_of(path)
                 yield Position(**{name: metadata[name] for name in Position.__dataclass_fields__}), path
 
-    @staticmethod
-    def _metadata(path: Path) -> dict[str, Any]:
-        return ocp.metadata(path.absolute()).custom_metadata
+
+def load_arrays(path: Path, shapes: Tree, shardings: Tree) -> Tree:
+    """The arrays of a checkpoint (or of the part of it that `shapes` spells) under these shardings."""
+    abstract = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        restored = ocp.load(path.absolute(), abstract)
+    return owned(restored, shardings)
+
+
+def metadata_of(checkpoint: Path) -> dict[str, Any]:
+    """What was saved with a checkpoint: its position, the identity of its data, and the versions of the libraries that made it."""
+    return ocp.metadata(checkpoint.absolute()).custom_metadata or {}
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Python and the libraries that a result depends on."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES}

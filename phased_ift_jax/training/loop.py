@@ -28,13 +28,14 @@ from phased_ift_jax.data.dataset import prepare as prepare_data
 from phased_ift_jax.data.packing import choose_shapes
 from phased_ift_jax.data.tokenization import decode, load_tokenizer
 from phased_ift_jax.files import write_whole
-from phased_ift_jax.models import generation, hf_weights
+from phased_ift_jax.models import generation, hf_weights, hub
 from phased_ift_jax.models.attention import implementation
 from phased_ift_jax.models.decoder import Params
 from phased_ift_jax.models.hf_folder import Folder, open_folder
 from phased_ift_jax.records import UserError
 from phased_ift_jax.sharding import batch_rows, make_mesh, put
-from phased_ift_jax.training.checkpoint import Checkpoints, Position
+from phased_ift_jax.training import conversion
+from phased_ift_jax.training.checkpoint import Checkpoints, Position, load_arrays
 from phased_ift_jax.training.metrics import MetricsLog, Rate, check_reporters, peak_flops
 from phased_ift_jax.training.plan import PhasePlan, Plan, attended_pairs, make_plan, row_price
 from phased_ift_jax.training.step import BATCH_DIMS, Trainer, TrainState
@@ -79,6 +80,11 @@ class Run:
         return Path(self.config.output_dir).expanduser()
 
     @property
+    def last_export(self) -> Path:
+        """Where the Hugging Face folder of the last phase lies when the run is done."""
+        return self.output / "hf" / self.plan.phases[-1].phase.folder
+
+    @property
     def attention(self) -> str:
         """The attention kernel that is used: what `auto` stands for on this backend."""
         return implementation(self.config.model.attn_implementation)
@@ -97,6 +103,8 @@ class Run:
         trainer = self.trainer(self.plan.phases[0])
         if self.config.model.init == "random":
             return trainer.init_params(self.config.seed)
+        if self.folder.converted:
+            return load_arrays(self.folder.converted, {"params": trainer.shapes.params}, {"params": trainer.shardings.params})["params"]
         return hf_weights.load(self.folder, trainer.shardings.params, trainer.param_dtype)
 
     @cached_property
@@ -117,7 +125,9 @@ def prepare(config: RunConfig) -> Run:
     _check_output(config)
     check_reporters(config.logging)
     folder = open_folder(config.model.model_name_or_path, config.model.revision, weights=config.model.init == "pretrained")
-    if config.model.init == "pretrained":
+    if config.model.init == "pretrained" and folder.converted:
+        conversion.check(conversion.Source(folder.converted, folder, None))
+    elif config.model.init == "pretrained":
         hf_weights.check(folder)
     tokenizer = load_tokenizer(folder.path)
     if len(tokenizer) > folder.config.vocab_size:
@@ -170,6 +180,18 @@ def train(run: Run, report: Callable[[str, Evaluation], None], reported: Callabl
         log.close()
 
 
+def publish(run: Run) -> str | None:
+    """Upload the last phase's export where the run asks for it; returns its address.
+
+    Raises:
+        UserError: the hub cannot be reached or refuses; everything is on the disk, and the same command uploads it again.
+    """
+    if not run.config.export.push_to_hub:
+        return None
+    assert run.config.export.hub_model_id is not None, "the config sees to it"
+    return hub.push(run.last_export, run.config.export.hub_model_id)
+
+
 def evaluate(run: Run, params: Params) -> Evaluation:
     """Measure parameters on the held-out rows of every bin."""
     trainer, config = run.trainer(run.plan.phases[0]), run.config
@@ -202,14 +224,14 @@ def _begin(run: Run, phase: PhasePlan, trainer: Trainer, store: Checkpoints, pos
     store.wait()
     if position.phase == phase.phase.index:
         path = store.root / phase.phase.folder / str(position.step)
-        return store.load(path, trainer.shapes, trainer.shardings), position.step
+        return load_arrays(path, trainer.shapes, trainer.shardings), position.step
     if phase.phase.index == 1:
         return trainer.fresh(run.base_params()), 0
     before = store.of_phase(run.plan.phases[phase.phase.index - 2].phase.folder)
     assert before is not None, "a phase starts only after the one before it was saved"
     if run.config.curriculum.optimizer_state == "keep":
-        return store.load(before, trainer.shapes, trainer.shardings), 0
-    return trainer.fresh(store.load(before, {"params": trainer.shapes.params}, {"params": trainer.shardings.params})["params"]), 0
+        return load_arrays(before, trainer.shapes, trainer.shardings), 0
+    return trainer.fresh(load_arrays(before, {"params": trainer.shapes.params}, {"params": trainer.shardings.params})["params"]), 0
 
 
 def _train_phase(
@@ -274,15 +296,14 @@ def _finish_phase(run: Run, phase: PhasePlan, trainer: Trainer, store: Checkpoin
     last = phase.phase.index == len(run.plan.phases)
     export = (last or run.config.export.after_each_phase) and not destination.exists()
     measure = bool(run.held_out) and not reported(phase.phase.folder)
-    if not (export or measure):
-        return
     path = store.of_phase(phase.phase.folder)
     assert path is not None, "a phase ends with a checkpoint"
-    params = store.load(path, {"params": trainer.shapes.params}, {"params": trainer.shardings.params})["params"]
     if measure:
+        params = load_arrays(path, {"params": trainer.shapes.params}, {"params": trainer.shardings.params})["params"]
         report(phase.phase.folder, evaluate(run, params))
+        del params
     if export:
-        hf_weights.export(params, run.folder, destination, run.config.export.dtype)
+        conversion.to_hf(conversion.Source(path, run.folder, run.output), destination, run.config.export.dtype)
 
 
 def _facts(run: Run, phase: PhasePlan, step: int, before: int, batch: Any) -> dict[str, Any]:

@@ -1,0 +1,65 @@
+"""A Hugging Face folder from tensors: the base's names, config, tokenizer and licences, weights in shards, written aside and renamed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from phased_ift_jax.files import building, write_whole
+from phased_ift_jax.models.hf_folder import Folder
+from phased_ift_jax.models.tensor_files import INDEX, Tensor, index_text, read_header, shards, write_tensors
+
+SOURCE = "source.json"  # inside the part only: what it is made from
+
+
+def export(
+    tensors: Sequence[Tensor],
+    folder: Folder,
+    destination: Path,
+    *,
+    dtype: str | None = None,
+    texts: Mapping[str, str] | None = None,
+    source: str | None = None,
+    done: Callable[[int], object] = lambda size: None,
+) -> None:
+    """Write `tensors` as the model that `folder` is the base of; whole, or not there. The destination must not exist.
+
+    `dtype` is what config.json is to state instead of the base's; `texts` are further files by name, which go before the base's. An
+    export that was stopped goes on where `source` (a text that says what the tensors are) is the same; else it starts again. `done` is
+    told the bytes of each tensor written.
+
+    Raises:
+        UserError: the disk is full, or another process writes the same destination.
+    """
+    with building(destination) as part:
+        if source is None or not (part / SOURCE).exists() or (part / SOURCE).read_text(encoding="utf-8") != source:
+            for file in part.iterdir():
+                file.unlink()
+            write_whole(part / SOURCE, source or "")
+        files = shards(tensors)
+        for name, group in files.items():
+            if (part / name).exists() and len(read_header(part / name)) == len(group):
+                done(sum(tensor.nbytes for tensor in group))
+            else:
+                write_tensors(part / name, group, done)
+        if len(files) > 1:
+            write_whole(part / INDEX, index_text(files))
+        for file in [folder.path / "config.json", *folder.beside()]:
+            shutil.copyfile(file, part / file.name)
+        for name, text in (_changed(folder, dtype) | dict(texts or {})).items():
+            write_whole(part / name, text)
+        (part / SOURCE).unlink()
+
+
+def _changed(folder: Folder, dtype: str | None) -> dict[str, str]:
+    """Files that are not the base's byte for byte: config.json where it is to state another dtype, generation_config.json where the base has none."""
+    changed = {}
+    if dtype is not None and dtype != folder.dtype:
+        key = "dtype" if "dtype" in folder.attributes else "torch_dtype"
+        changed["config.json"] = json.dumps(folder.attributes | {key: dtype}, indent=2) + "\n"
+    generation = folder.generation_config()
+    if generation and not (folder.path / "generation_config.json").exists():
+        changed["generation_config.json"] = generation
+    return changed

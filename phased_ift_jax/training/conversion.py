@@ -1,0 +1,245 @@
+"""Whole models between Hugging Face folders and orbax checkpoints, a few tensors at a time.
+
+Both ways a destination is made aside and renamed when whole. A call that was stopped goes on from what it had finished, if its source
+is still the same; a destination that this source has made is left as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from phased_ift_jax import config as configuration
+from phased_ift_jax.data.tokenizer_json import added_files
+from phased_ift_jax.files import building, part_of, write_whole
+from phased_ift_jax.models import hf_weights
+from phased_ift_jax.models.hf_export import SOURCE, export
+from phased_ift_jax.models.hf_folder import CARD, CONVERSION, CONVERTED, Folder, open_folder
+from phased_ift_jax.models.tensor_files import CODES, ahead, reordered
+from phased_ift_jax.records import UserError
+from phased_ift_jax.training.checkpoint import Checkpoints
+from phased_ift_jax.training.model_card import PROVENANCE, card, provenance
+from phased_ift_jax.training.stored import Stored
+
+Done = Callable[[int], object]  # told the bytes of what is done, part by part
+Progress = Callable[[int], Done]  # told the bytes of the whole
+
+
+def silent(total: int) -> Done:
+    """No progress is shown."""
+    return lambda size: None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights to be exported: a checkpoint, the base that gives names, config and tokenizer, and the run that made it, if one did."""
+
+    checkpoint: Path
+    base: Folder
+    run: Path | None
+
+
+def from_hf(folder: Folder, destination: Path, progress: Progress = silent) -> bool:
+    """Write a Hugging Face model as a folder with an orbax checkpoint and all of the base but its weights. False: it is there already.
+
+    Raises:
+        UserError: weights that are not what config.json says, a destination that holds something else, a full disk.
+    """
+    if folder.converted:
+        raise UserError(f"'{folder.path}' was made by from-hf already")
+    tensors = hf_weights.check(folder)
+    weights = hf_weights.weights(folder)
+    beside = [folder.path / "config.json", *folder.beside(), *(path for path in [folder.path / CARD] if path.exists())]
+    source = fingerprint([*tensors.files, *beside])
+    if _is_there(destination, CONVERSION, source):
+        return False
+    total = _bytes_of(folder, None)
+    _check_space(destination, total)
+    done = progress(total)
+    with building(destination) as part:
+        if not (part / SOURCE).exists() or (part / SOURCE).read_text(encoding="utf-8") != source:
+            _clear(part)
+            _lay_out(part / CONVERTED, {weight.path: len(weight.shape) for weight in weights})
+            write_whole(part / SOURCE, source)
+        for unfinished in part.rglob("*.__lock"):
+            unfinished.unlink()
+        stored = Stored(part / CONVERTED)
+
+        def convert(item: tuple[hf_weights.Weight, int]) -> int:
+            weight, layer = item
+            dtype = _common_dtype([tensors.dtype(name) for name in weight.names])
+            if not stored.has(weight.path, layer, len(weight.shape)):
+                array = stored.create(weight.path, weight.shape, dtype, weight.stacked)
+                theirs = tensors.read(weight.names[layer], tuple(slice(None) for _ in weight.layout.theirs))
+                ours = reordered(weight.layout.to_ours(theirs, weight.each), dtype)
+                (array[layer] if weight.stacked else array).write(ours, can_reference_source_data_indefinitely=True).result()
+            return math.prod(weight.each) * tensors.dtype(weight.names[layer]).itemsize
+
+        for size in ahead(convert, ((weight, layer) for weight in weights for layer in range(len(weight.names)))):
+            done(size)
+        for file in beside:
+            shutil.copyfile(file, part / file.name)
+        dtypes = {name: CODES[tensors.dtype(name).name] for weight in weights for name in weight.names}
+        write_whole(part / CONVERSION, json.dumps({"source": source, "dtypes": dtypes}, indent=1) + "\n")
+        (part / SOURCE).unlink()
+    return True
+
+
+def find(source: str, base: str | None = None) -> Source:
+    """What is to be exported: a folder made by `from_hf`, a run (its newest finished phase), or a checkpoint of a run.
+
+    Raises:
+        UserError: none of these, or a checkpoint by itself without a `base` to take names and tokenizer from.
+    """
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        raise UserError(f"no such folder '{source}'; give a run, a checkpoint of a run, or a folder made by convert from-hf")
+    if (path / CONVERSION).exists():
+        return Source(path / CONVERTED, open_folder(base or source), None)
+    if any(path.glob("*.safetensors")):
+        raise UserError(f"'{source}' holds safetensors: it is a Hugging Face folder already")
+    run, checkpoint = path.absolute().parent.parent.parent, path
+    if (path / "checkpoints").is_dir():
+        ended = [found for position, found in Checkpoints(path / "checkpoints", "", 1).committed() if position.complete]
+        if not ended:
+            raise UserError(f"'{source}' has finished no phase; name a checkpoint in '{path / 'checkpoints'}', or train on")
+        run, checkpoint = path, ended[-1]
+    if (run / "config.yaml").exists():
+        model = configuration.load(run / "config.yaml").model
+        return Source(checkpoint, open_folder(base or model.model_name_or_path, None if base else model.revision, weights=False), run)
+    if base is None:
+        raise UserError(f"'{source}' lies in no run; name the Hugging Face model that it was trained from with --base")
+    return Source(checkpoint, open_folder(base, weights=False), None)
+
+
+def check(source: Source) -> Stored:
+    """The checkpoint's arrays, found to be those that the base's config.json asks for.
+
+    Raises:
+        UserError: not a checkpoint of ours, or an array is missing, unknown or of another shape.
+    """
+    stored, weights = Stored(source.checkpoint), hf_weights.weights(source.base)
+    expected = {weight.path for weight in weights}
+    for fault, paths in (("lacks", expected - stored.paths), ("holds an unknown array", stored.paths - expected)):
+        if paths:
+            raise UserError(f"'{source.checkpoint}' {fault} {min(paths)}, by the config.json of '{source.base.path}'; name its own base with --base")
+    for weight in weights:
+        shape = tuple(stored.open(weight.path).shape)
+        if shape != weight.shape:
+            raise UserError(f"'{source.checkpoint}': {weight.path} has shape {shape}, the config.json of '{source.base.path}' says {weight.shape}; name its own base with --base")
+    return stored
+
+
+def to_hf(source: Source, destination: Path, dtype: str | None = None, progress: Progress = silent) -> bool:
+    """Write a checkpoint as a Hugging Face folder, in the base's dtype or this one. False: it is there already.
+
+    Raises:
+        UserError: the checkpoint is not of the base's sizes, a destination that holds something else, a full disk.
+    """
+    stored, base = check(source), source.base
+    files = [path for path in sorted(source.checkpoint.rglob("*")) if path.is_file()]
+    mark = fingerprint([*files, base.path / "config.json", *base.beside()], dtype=dtype)
+    if _is_there(destination, PROVENANCE, mark):
+        return False
+    opened = cache(stored.open)
+
+    def read(path: str, layer: int | None) -> np.ndarray:
+        array = opened(path)
+        return np.asarray((array if layer is None else array[layer]).read().result())
+
+    tensors = hf_weights.tensors_of(base, read, dtype)
+    total = _bytes_of(base, dtype)
+    _check_space(destination, total)
+    facts: dict[str, Any] = {"source": mark}
+    texts = added_files(base.path)
+    if source.run is not None:
+        facts |= provenance(source.run, source.checkpoint, base)
+        texts |= {CARD: card(facts)}
+    elif (base.path / CARD).exists():
+        texts |= {CARD: (base.path / CARD).read_text(encoding="utf-8")}
+    texts |= {PROVENANCE: json.dumps(facts, indent=1) + "\n"}
+    export(tensors, base, destination, dtype=dtype, texts=texts, source=mark, done=progress(total))
+    return True
+
+
+def fingerprint(files: Iterable[Path], **facts: object) -> str:
+    """What a conversion is made from, as a hash: of files their name, size and time of change. The 1 counts versions of what we make."""
+    listed = [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)]
+    return hashlib.sha256(json.dumps([1, listed, facts]).encode()).hexdigest()
+
+
+def _bytes_of(folder: Folder, dtype: str | None) -> int:
+    """Bytes of the weights of a model in its own dtypes, or in this one."""
+    dtypes = hf_weights.stored_dtypes(folder, dtype)
+    return sum(math.prod(weight.each) * dtypes(name).itemsize for weight in hf_weights.weights(folder) for name in weight.names)
+
+
+def _is_there(destination: Path, name: str, source: str) -> bool:
+    """Whether this source has made the destination; an error where something else has."""
+    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
+        return False
+    if (destination / name).exists() and json.loads((destination / name).read_text(encoding="utf-8")).get("source") == source:
+        return True
+    raise UserError(f"'{destination}' is there and was not made from this source as it is now; remove it, or name another folder")
+
+
+def _check_space(destination: Path, needed: int) -> None:
+    part = part_of(destination)
+    there = next(folder for folder in (part.absolute(), *part.absolute().parents) if folder.is_dir())
+    written = sum(path.stat().st_size for path in part.rglob("*") if path.is_file())
+    free = shutil.disk_usage(there).free
+    if free < needed - written:
+        raise UserError(f"'{destination}' needs {needed - written:,} bytes, '{there}' has {free:,} free; make room, or name another disk")
+
+
+def _common_dtype(dtypes: list[np.dtype]) -> np.dtype:
+    """The narrowest dtype that holds all of these exactly: the layers of a stacked parameter have one dtype."""
+    common = dtypes[0]
+    for dtype in dtypes[1:]:
+        common = jnp.promote_types(common, dtype)
+    return np.dtype(common)
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _lay_out(checkpoint: Path, ranks: dict[str, int]) -> None:
+    """A checkpoint of orbax's making that lacks only its arrays."""
+    context = ocp.Context()
+    context.array.saving.use_ocdbt = False  # a file for each chunk: one that is there is whole, and a second attempt leaves no remains
+    context.array.saving.use_zarr3 = False  # with zarr 3 and no OCDBT orbax warns at every load that it finds no data
+    params = hf_weights.tree({path: np.zeros((1,) * rank, np.float32) for path, rank in ranks.items()})
+    with context, _quiet():
+        ocp.save(checkpoint.absolute(), {"params": params})
+    for folder in checkpoint.glob("*/params.*"):
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without orbax's warning that a checkpoint without OCDBT has no OCDBT parts to merge."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,97 @@
+"""What a model is made of, for whoever finds its folder: provenance.json for programs, README.md for people and the hub.
+
+Everything is read from the run's own files, so that an export made later says the same as one made by the run.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from phased_ift_jax import config
+from phased_ift_jax.models.hf_folder import CARD, Folder
+from phased_ift_jax.training.checkpoint import metadata_of
+
+PROVENANCE = "provenance.json"
+
+
+def provenance(run: Path, checkpoint: Path, base: Folder) -> dict[str, Any]:
+    """The facts of a checkpoint: base, data, arm, phases so far, settings, versions, and what was measured up to it."""
+    settings = config.load(run / "config.yaml")
+    saved = metadata_of(checkpoint)
+    rows = json.loads((run / "forgetting.json").read_text(encoding="utf-8"))["rows"] if (run / "forgetting.json").exists() else []
+    phase = checkpoint.parent.name
+    until = next((i for i, row in enumerate(rows) if row["after"] == phase), len(rows) - 1)
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()] if (run / "metrics.jsonl").exists() else []
+    trained: dict[str, dict[str, Any]] = {}
+    for line in steps:
+        if (line["phase_index"], line["step"]) <= (saved["phase"], saved["step"]):
+            trained[line["phase"]] = {name: line[name] for name in ("phase", "step", "epoch", "learning_rate", "loss")}
+    return {
+        "base": {"name": settings.model.model_name_or_path, "revision": settings.model.revision, "license": license_of(base), "init": settings.model.init},
+        "data": {"path": settings.data.path, "license": settings.export.data_license, "sha256": saved["identity"]},
+        "arm": settings.curriculum.arm,
+        "checkpoint": {name: saved[name] for name in ("phase", "step", "epoch", "complete")} | {"folder": phase},
+        "trained": list(trained.values()),
+        "held_out": rows[: until + 1],
+        "versions": saved.get("versions", {}),
+        "settings": settings.model_dump(mode="json", by_alias=True),
+    }
+
+
+def license_of(folder: Folder) -> str | None:
+    """The licence that a model's own card states in its front matter; None where it states none."""
+    path = folder.path / CARD
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    parts = text.split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return None
+    try:
+        stated = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return None
+    name = stated.get("license_name") or stated.get("license") if isinstance(stated, dict) else None
+    return str(name) if name else None
+
+
+def card(facts: dict[str, Any]) -> str:
+    """A model card with the facts of `provenance`."""
+    base, data, settings = facts["base"], facts["data"], facts["settings"]
+    on_hub = base["name"].count("/") == 1 and not Path(base["name"]).exists()
+    front = {
+        "license": base["license"] or "other",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["phased_ift_jax", "instruction-tuning"],
+    } | ({"base_model": base["name"]} if on_hub else {})
+    shown = base["name"] if on_hub else Path(base["name"]).name
+    paths = [data["path"]] if isinstance(data["path"], str) else data["path"]
+    place = facts["checkpoint"]
+    lines = [
+        f"# {shown}, fine-tuned {'at once' if facts['arm'] == 'one_off' else 'in phases'}",
+        "",
+        f"Made with phased_ift_jax {facts['versions'].get('phased_ift_jax', '')} from "
+        + (f"random weights of the sizes of {shown}" if base["init"] == "random" else shown)
+        + f" (arm `{facts['arm']}`, checkpoint `{place['folder']}` at step {place['step']}{'' if place['complete'] else ', within the phase'}).",
+        "",
+        f"- Base: {shown}{' @ ' + base['revision'] if base['revision'] else ''}, licence: {base['license'] or 'not stated by its card'}; its terms hold for this model, too.",
+        f"- Data: {', '.join(Path(path).name if '://' not in path else path for path in paths)}, licence: {data['license'] or 'not stated (export.data_license)'}; "
+        f"identity of the rows, scores and bins: `{data['sha256']}`.",
+        f"- Prompt template: `{settings['data']['prompt_template']}`. Ask it in the same form.",
+        "",
+        "| phase | steps | epochs | last learning rate | last training loss |",
+        "|---|---|---|---|---|",
+        *(f"| {row['phase']} | {row['step']} | {row['epoch']:g} | {row['learning_rate']:.3g} | {row['loss']:.4f} |" for row in facts["trained"]),
+    ]
+    for measure, form in (("loss", ".3f"), ("exact_match", ".1%")):
+        rows = [row for row in facts["held_out"] if row.get(measure)]
+        if rows:
+            bins = list(rows[0][measure])
+            lines += ["", f"Held-out {measure.replace('_', ' ')} of each bin, after each phase:", "", f"| after | {' | '.join(bins)} |", "|---" * (len(bins) + 1) + "|"]
+            lines += [f"| {row['after']} | {' | '.join(format(row[measure][name], form) for name in bins)} |" for row in rows]
+    lines += ["", "Settings:", "", "```yaml", yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=120).rstrip(), "```", ""]
+    lines += ["Versions: " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()) + ".", ""]
+    return "---\n" + yaml.safe_dump(front, sort_keys=False) + "---\n\n" + "\n".join(lines)
