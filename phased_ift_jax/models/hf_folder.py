@@ -10,7 +10,7 @@ from typing import Any
 
 from phased_ift_jax.models import hub, llama, mistral
 from phased_ift_jax.models.decoder import DecoderConfig
-from phased_ift_jax.models.tensor_files import INDEX, ONE
+from phased_ift_jax.models.tensor_files import weight_files
 from phased_ift_jax.records import UserError
 
 FAMILIES: dict[str, ModuleType] = {"llama": llama, "mistral": mistral}
@@ -52,8 +52,11 @@ class Folder:
 
     @property
     def has_weights(self) -> bool:
-        """Whether there are safetensors to read, rather than config and tokenizer alone."""
-        return (self.path / ONE).exists() or (self.path / INDEX).exists()
+        """Whether there are safetensors to read, rather than config and tokenizer alone, with which the hub's cache may hold an index."""
+        try:
+            return bool(weight_files(self.path))
+        except UserError:
+            return False
 
     @property
     def converted(self) -> Path | None:
