@@ -9,6 +9,7 @@ finished phase), a checkpoint of a run, or what from-hf made. A conversion that 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -37,18 +38,21 @@ def main(argv: Sequence[str]) -> int:
     from phased_ift_jax.models.hf_folder import open_folder
     from phased_ift_jax.training import conversion
 
-    destination = Path(args.destination).expanduser()
+    destination = Path(os.path.expanduser(args.destination))
     with ExitStack() as stack:  # so that an error begins on a line of its own
 
         def bar(total: int) -> Callable[[int], object]:
             return stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True)).update
 
-        if args.way == "from-hf":
-            made = conversion.from_hf(open_folder(args.source, args.revision), destination, bar)
-        else:
-            if args.push_to_hub is not None and not hub.is_name(args.push_to_hub):
-                raise UserError(f"--push_to_hub: '{args.push_to_hub}' is not a name such as your-name/llama2-7b-phased")
-            made = conversion.to_hf(conversion.find(args.source, args.base), destination, args.dtype, bar)
+        try:
+            if args.way == "from-hf":
+                made = conversion.from_hf(open_folder(args.source, args.revision), destination, bar)
+            else:
+                if args.push_to_hub is not None and not hub.is_name(args.push_to_hub):
+                    raise UserError(f"--push_to_hub: '{args.push_to_hub}' is not a name such as your-name/llama2-7b-phased")
+                made = conversion.to_hf(conversion.find(args.source, args.base), destination, args.dtype, bar)
+        except OSError as error:  # of SRC or DST: a name too long, a folder that may not be looked into, a disk that fails
+            raise UserError(f"{error.strerror or error}" + (f": '{error.filename}'" if error.filename else "")) from error
     print(f"{'done' if made else 'nothing to do: it is there already'}: {destination}")
     if args.way == "to-hf" and args.push_to_hub is not None:
         print(f"uploaded: {hub.push(destination, args.push_to_hub)}")

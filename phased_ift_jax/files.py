@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,40 +21,72 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def part_of(destination: Path) -> Path:
-    """The folder in which a destination is made, beside it."""
+    """The folder in which a destination is made, beside it.
+
+    Raises:
+        UserError: nothing can be renamed to the destination.
+    """
+    if not destination.name or destination.is_symlink() or os.path.ismount(destination):
+        raise UserError(f"'{destination}' is a link, a mount point or the current folder, which nothing can be renamed to; name a folder in it")
     return destination.with_name(f".{destination.name}.part")
 
 
 @contextmanager
-def building(destination: Path) -> Iterator[Path]:
+def building(destination: Path, marker: str) -> Iterator[Path]:
     """A folder aside, kept from an earlier call that was stopped; left without an error, it becomes the destination, which is then whole.
 
+    The file `marker`, in which the caller notes what the part is made from, is dropped at the very end. `clear` empties the part.
+
     Raises:
-        UserError: another process is at it, or the disk is full (what is done so far stays aside).
+        UserError: it cannot be written, another process is at it, or the disk is full (what is done so far stays aside).
     """
     aside = part_of(destination)
     try:
-        aside.mkdir(parents=True, exist_ok=True)
-        handle = os.open(aside, os.O_RDONLY)
+        handle = _lock(aside)
+    except BlockingIOError:
+        raise UserError(f"another process is writing '{destination}'; wait for it, or name another folder") from None
     except OSError as error:
         raise UserError(f"cannot write '{destination}': {error.strerror}; name another folder") from None
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is writing '{destination}'; wait for it, or name another folder") from None
-        try:
-            yield aside
-        except Exception as error:
-            if is_full(error):
-                free = os.statvfs(aside)
-                raise UserError(f"no space left for '{destination}' ({free.f_bavail * free.f_frsize:,} bytes free); make room, then the same command goes on") from error
-            raise
+        yield aside
         for path in [*aside.rglob("*"), aside]:
             _settle(path)
+        (aside / marker).unlink()
         os.rename(aside, destination)
         _settle(destination.parent)
+    except Exception as error:
+        if is_full(error):
+            free = os.statvfs(destination.parent)
+            raise UserError(f"no space left for '{destination}' ({free.f_bavail * free.f_frsize:,} bytes free); make room, then the same command goes on") from error
+        raise
     finally:
+        os.close(handle)
+
+
+def clear(folder: Path, first: str) -> None:
+    """Empty a folder, the file `first` before all others: as long as it is there, they are what it says."""
+    (folder / first).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _lock(folder: Path) -> int:
+    """A locked handle on a folder, made where it is not there; it ends with the process that holds it."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), os.stat(folder)):
+                return handle
+        except FileNotFoundError:  # whoever held it has renamed it between our two calls
+            pass
+        except BaseException:
+            os.close(handle)
+            raise
         os.close(handle)
 
 

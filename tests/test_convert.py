@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from phased_ift_jax import convert
+from phased_ift_jax import convert, files
 from phased_ift_jax.config import MeshConfig, TrainingConfig
 from phased_ift_jax.models import hf_weights, tensor_files
 from phased_ift_jax.models.hf_folder import open_folder
@@ -38,7 +38,7 @@ SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidd
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
 
-def make_model(folder: Path, family: str = "llama", dtype: str = "bfloat16", files: int = 1, seed: int = 0, **attributes: Any) -> Path:
+def make_model(folder: Path, family: str = "llama", dtype: str = "bfloat16", count: int = 1, seed: int = 0, **attributes: Any) -> Path:
     """A model folder of random bytes, written by the format's own library: numbers of every kind, NaNs, zeros of both signs."""
     config = {"model_type": family, "architectures": [FAMILIES[family]], "torch_dtype": dtype, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2} | SIZES | attributes
     folder.mkdir(parents=True)
@@ -54,14 +54,14 @@ def make_model(folder: Path, family: str = "llama", dtype: str = "bfloat16", fil
             tensors[name] = np.frombuffer(rng.bytes(int(np.prod(shape)) * kind.itemsize), kind).reshape(shape).copy()
     tensors["model.layers.0.input_layernorm.weight"][...] = 0  # a chunk that storage would rather leave out
     names = list(tensors)
-    if files == 1:
+    if count == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
     where = {}
-    for number in range(files):
-        part = f"model-{number + 1:05d}-of-{files:05d}.safetensors"
-        save_file({name: tensors[name] for name in names[number::files]}, folder / part, metadata={"format": "pt"})
-        where |= dict.fromkeys(names[number::files], part)
+    for number in range(count):
+        part = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+        save_file({name: tensors[name] for name in names[number::count]}, folder / part, metadata={"format": "pt"})
+        where |= dict.fromkeys(names[number::count], part)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
     return folder
 
@@ -97,14 +97,14 @@ def run(*arguments: object) -> None:
 # --- the identity --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("files", [1, 7])
+@pytest.mark.parametrize("count", [1, 7])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_there_and_back_is_the_identity(family: str, dtype: str, tied: bool, files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_there_and_back_is_the_identity(family: str, dtype: str, tied: bool, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: base -> from-hf -> to-hf leaves names, dtypes, shapes and bytes of all tensors, and the bytes of all files beside them."""
-    base = make_model(tmp_path / "base", family, dtype, files, tie_word_embeddings=tied, head_dim=12 if family == "llama" else None)
-    if files == 7:
+    base = make_model(tmp_path / "base", family, dtype, count, tie_word_embeddings=tied, head_dim=12 if family == "llama" else None)
+    if count == 7:
         monkeypatch.setattr(tensor_files, "SHARD_BYTES", sum(len(data) for *_, data in contents(base).values()) // 6)
     run("from-hf", base, tmp_path / "ours")
     run("to-hf", tmp_path / "ours", tmp_path / "back")
@@ -112,7 +112,7 @@ def test_there_and_back_is_the_identity(family: str, dtype: str, tied: bool, fil
     assert ("lm_head.weight" in contents(base)) != tied
     for name in ("config.json", *BESIDE):
         assert (tmp_path / "back" / name).read_bytes() == (base / name).read_bytes(), name
-    if files == 7:
+    if count == 7:
         assert len(list((tmp_path / "back").glob("*.safetensors"))) in (7, 8)
     assert json.loads((tmp_path / "back/generation_config.json").read_text()) == {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -151,11 +151,14 @@ def test_a_number_too_large_for_the_dtype_is_refused(tmp_path: Path) -> None:
     save_file(tensors, file)
     run("from-hf", base, tmp_path / "fits")
     run("to-hf", tmp_path / "fits", tmp_path / "half", "--dtype", "float16")
-    tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = 7e4
-    save_file(tensors, file)
-    run("from-hf", base, tmp_path / "ours")
-    assert "model.layers.1.mlp.down_proj.weight has numbers beyond float16's 65504" in refusal(["to-hf", tmp_path / "ours", tmp_path / "back", "--dtype", "float16"])
-    assert not (tmp_path / "back").exists()
+    for number, dtype, largest in ((7e4, "float16", "65504"), (3.4e38, "bfloat16", "3.38953e+38")):
+        tensors = {name: array.astype(np.float32) for name, array in tensors.items()}
+        tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = number
+        save_file(tensors, file)
+        run("from-hf", base, tmp_path / f"ours-{dtype}")
+        message = refusal(["to-hf", tmp_path / f"ours-{dtype}", tmp_path / "back", "--dtype", dtype])
+        assert f"model.layers.1.mlp.down_proj.weight has numbers beyond {dtype}'s {largest}" in message
+        assert not (tmp_path / "back").exists()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -187,9 +190,8 @@ def test_a_checkpoint_of_training_is_cut_into_chunks(devices: int, tmp_path: Pat
     saved = Stored(store.committed()[0][1])
     assert saved.paths == {weight.path for weight in hf_weights.weights(folder)}
     for weight in hf_weights.weights(folder):
-        array = saved.open(weight.path)
-        assert int(np.prod(array.chunk_layout.read_chunk.shape)) * 4 <= 4096
-        np.testing.assert_array_equal(array.read().result(), np.asarray(hf_weights.get(state.params, weight.path)))
+        assert int(np.prod(saved._open(weight.path).chunk_layout.read_chunk.shape)) * 4 <= 4096
+        np.testing.assert_array_equal(saved.read(weight.path, None), np.asarray(hf_weights.get(state.params, weight.path)))
 
 
 def test_nothing_is_done_twice_and_nothing_is_overwritten(tmp_path: Path) -> None:
@@ -268,7 +270,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_faulty_source_is_one_line_and_leaves_nothing(fault: str, tmp_path: Path) -> None:
     """Law: what is wrong with a checkpoint is found before anything is written, and named."""
-    base = make_model(tmp_path / "base", files=3)
+    base = make_model(tmp_path / "base", count=3)
     FAULTS[fault][0](base)
     assert FAULTS[fault][1] in refusal(["from-hf", base, tmp_path / "ours"])
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
@@ -282,7 +284,7 @@ def test_a_faulty_checkpoint_is_one_line_and_leaves_nothing(tmp_path: Path) -> N
     (tmp_path / "empty").mkdir()
     assert "no such folder" in refusal(["to-hf", tmp_path / "nowhere", tmp_path / "back"])
     assert "--base" in refusal(["to-hf", checkpoint, tmp_path / "back"])
-    assert "is not an orbax checkpoint" in refusal(["to-hf", tmp_path / "empty", tmp_path / "back", "--base", base])
+    assert "is not a whole orbax checkpoint" in refusal(["to-hf", tmp_path / "empty", tmp_path / "back", "--base", base])
     wide = make_model(tmp_path / "wide", vocab_size=97)
     assert "embed has shape (96, 32), the config.json of" in refusal(["to-hf", checkpoint, tmp_path / "back", "--base", wide])
     tied = make_model(tmp_path / "tied", tie_word_embeddings=True)
@@ -290,6 +292,66 @@ def test_a_faulty_checkpoint_is_one_line_and_leaves_nothing(tmp_path: Path) -> N
     assert not (tmp_path / "back").exists()
     run("to-hf", checkpoint, tmp_path / "back", "--base", base)
     assert contents(tmp_path / "back") == contents(base)
+
+
+def _remove(name: str) -> Callable[[Path], object]:
+    return lambda ours: next(ours.rglob(name)).unlink()
+
+
+def _write(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda ours: next(ours.rglob(name)).write_bytes(content)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a chunk lost": (_remove("params.layers.mlp.gate/1.0.0"), "layers/mlp/gate cannot be read"),
+    "a chunk cut off": (_write("params.layers.mlp.gate/1.0.0", b"short"), "layers/mlp/gate cannot be read"),
+    "an array's description lost": (_remove("params.embed/.zarray"), "embed cannot be read"),
+    "an array's description damaged": (_write("params.embed/.zarray", b"{"), "embed cannot be read"),
+    "the tree's description cut off": (_write("_METADATA", b'{"tree_'), "cannot be read"),
+    "never committed": (_remove("commit_success.txt"), "is not a whole orbax checkpoint"),
+    "dtypes damaged": (_write("conversion.json", b"{}"), "conversion.json' is damaged"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_one_line_and_never_zeros(damage: str, tmp_path: Path) -> None:
+    """Law: what was lost of a checkpoint since it was made is an error that names the array, and no export is made."""
+    base = make_model(tmp_path / "base")
+    run("from-hf", base, tmp_path / "ours")
+    DAMAGES[damage][0](tmp_path / "ours")
+    assert DAMAGES[damage][1] in refusal(["to-hf", tmp_path / "ours", tmp_path / "back"])
+    assert not (tmp_path / "back").exists()
+
+
+WHOLE = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+HEADERS = {
+    "a list": "[1]",
+    "null": "null",
+    "no offsets": '{"a":{"dtype":"F32","shape":[1],"data_offsets":[]}}',
+    "deep": "[" * 100_000,
+    "overlapping": f'{{"a":{WHOLE},"b":{WHOLE}}}',
+}
+
+
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
+def test_an_odd_header_is_no_safetensors(header: str, tmp_path: Path) -> None:
+    """Law: whatever a header holds, it is read as the format says or refused in one line."""
+    base = make_model(tmp_path / "base")
+    (base / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(4))
+    assert "is not a safetensors file" in refusal(["from-hf", base, tmp_path / "ours"])
+
+
+def test_odd_destinations_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: what nothing can be renamed to is refused before the work, and so is a name that the disk does not take."""
+    base = make_model(tmp_path / "base")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    monkeypatch.chdir(tmp_path / "empty")
+    for destination in (tmp_path / "link", tmp_path / "dangling", ".", "./"):
+        assert "which nothing can be renamed to" in refusal(["from-hf", base, destination])
+    assert "File name too long" in refusal(["from-hf", base, tmp_path / ("x" * 300)])
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["base", "dangling", "empty", "link"]
 
 
 def test_the_command_line_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -467,6 +529,48 @@ def test_a_part_of_another_source_is_not_used(way: str, tmp_path: Path, monkeypa
     else:
         run("from-hf", bases[1], tmp_path / "clean")
         assert digest(tmp_path / "out") == digest(tmp_path / "clean")
+
+
+@pytest.mark.parametrize("way", ["from-hf", "to-hf"])
+def test_stopped_in_clearing_or_in_settling(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: stopped while the part of another source is being cleared away, nothing of it is used; stopped while the finished part is
+    being settled on the disk, nothing is made again."""
+    bases = [make_model(tmp_path / f"base{seed}", seed=seed) for seed in (0, 1)]
+    sources = bases
+    if way == "to-hf":
+        sources = [tmp_path / f"ours{seed}" for seed in (0, 1)]
+        for base, source in zip(bases, sources, strict=True):
+            run("from-hf", base, source)
+    out, part = tmp_path / "out", tmp_path / ".out.part"
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_settle", stop)
+        with pytest.raises(Stop):
+            run(way, sources[0], out)
+    done = {path: path.stat().st_mtime_ns for path in part.rglob("*") if path.suffix == ".safetensors" or "params." in path.parent.name}
+    assert done
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_settle", stop)
+        with pytest.raises(Stop):
+            run(way, sources[0], out)
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", stop)  # after the marker has gone, before the rest
+        with pytest.raises(Stop):
+            conversion.from_hf(open_folder(str(sources[1])), out) if way == "from-hf" else conversion.to_hf(conversion.find(str(sources[1])), out)
+    victim = next(path for path in done if path.name in ("model.safetensors", "1.0.0"))
+    victim.write_bytes(victim.read_bytes()[:-1] + b"!")  # were it kept, it would be seen
+    run(way, sources[0], out)
+    assert not part.exists()
+    if way == "from-hf":
+        run("to-hf", out, tmp_path / "back")
+    assert contents(tmp_path / "back" if way == "from-hf" else out) == contents(bases[0])
 
 
 def test_one_process_writes_a_destination(tmp_path: Path) -> None:

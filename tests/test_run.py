@@ -126,14 +126,33 @@ def test_saved_config_runs_as_it_is_and_finds_nothing_left_to_do(undisturbed):
 
 
 @pytest.mark.parametrize("phase", ["1-easy", "3-hard"])
-def test_a_checkpoint_converted_later_is_what_the_run_exported(undisturbed, tmp_path, phase):
-    """`convert to-hf` of a run (its last phase) or of an earlier phase's checkpoint gives the run's own folder, model card and all."""
+def test_a_checkpoint_converted_later_is_what_the_run_exported(undisturbed, tmp_path, monkeypatch, phase):
+    """`convert to-hf` of a run (its last phase) or of an earlier phase's checkpoint gives the run's own folder, model card and all, from
+    wherever it is called."""
+    monkeypatch.chdir(tmp_path)
     source = undisturbed if phase == "3-hard" else next((undisturbed / "checkpoints" / phase).iterdir())
     assert convert_verb.main(["to-hf", str(source), str(tmp_path / "again")]) == 0
     exported = undisturbed / "hf" / phase
     assert {path.name for path in (tmp_path / "again").iterdir()} == {path.name for path in exported.iterdir()}
     for path in exported.iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_conversion_follows_what_the_run_says_of_itself(undisturbed, tmp_path):
+    """The dtype is the run's unless another is asked for; a card whose facts have changed is another card; a line cut by a kill is none."""
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"phase": "ha')
+    assert convert_verb.main(["to-hf", str(run), str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out/README.md").read_bytes() == (undisturbed / "hf/3-hard/README.md").read_bytes()
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["export"] |= {"dtype": "bfloat16", "data_license": "MIT"}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(UserError, match="was not made from this source"):
+        convert_verb.main(["to-hf", str(run), str(tmp_path / "out")])
+    assert convert_verb.main(["to-hf", str(run), str(tmp_path / "narrow")]) == 0
+    assert json.loads((tmp_path / "narrow/config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert "licence: MIT" in (tmp_path / "narrow/README.md").read_text()
 
 
 def test_the_model_card_says_what_the_run_did(undisturbed):

@@ -23,13 +23,13 @@ BATCH = 1024  # rows handed to the Rust tokenizer at once
 CONFIGURATION = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "additional_chat_templates/*.jinja")
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, vocab_size: int | None = None) -> Any:
     """The fast `transformers` tokenizer of a model folder: its tokenizer.json as it is, or one with the ids of its SentencePiece tokenizer.model.
 
     Special tokens and chat template are those of tokenizer_config.json, special_tokens_map.json and the like. Only local files are read.
 
     Raises:
-        UserError: there is none, it cannot be had exactly, or it has no beginning- or end-of-sequence token.
+        UserError: there is none, it cannot be had exactly, it has no beginning- or end-of-sequence token, or more tokens than the model (`vocab_size`).
     """
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         raise UserError(f"model.model_name_or_path: '{folder}' has no tokenizer.json and no tokenizer.model")
@@ -55,6 +55,8 @@ def load_tokenizer(folder: Path) -> Any:
     for name in ("bos_token", "eos_token"):
         if not getattr(tokenizer, name):
             raise UserError(f"model.model_name_or_path: the tokenizer of '{folder}' has no {name}")
+    if vocab_size is not None and len(tokenizer) > vocab_size:
+        raise UserError(f"model.model_name_or_path: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {vocab_size}")
     return tokenizer
 
 

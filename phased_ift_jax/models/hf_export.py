@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from phased_ift_jax.files import building, write_whole
+from phased_ift_jax.files import building, clear, write_whole
 from phased_ift_jax.models.hf_folder import Folder
 from phased_ift_jax.models.tensor_files import INDEX, Tensor, index_text, read_header, shards, write_tensors
 
@@ -33,32 +32,29 @@ def export(
     Raises:
         UserError: the disk is full, or another process writes the same destination.
     """
-    with building(destination) as part:
+    with building(destination, SOURCE) as part:
         if source is None or not (part / SOURCE).exists() or (part / SOURCE).read_text(encoding="utf-8") != source:
-            for file in part.iterdir():
-                file.unlink()
+            clear(part, SOURCE)
             write_whole(part / SOURCE, source or "")
         files = shards(tensors)
         for name, group in files.items():
-            if (part / name).exists() and len(read_header(part / name)) == len(group):
+            if (part / name).exists() and {tensor.name for tensor in group} == read_header(part / name).keys():
                 done(sum(tensor.nbytes for tensor in group))
             else:
                 write_tensors(part / name, group, done)
         if len(files) > 1:
             write_whole(part / INDEX, index_text(files))
-        for file in [folder.path / "config.json", *folder.beside()]:
-            shutil.copyfile(file, part / file.name)
+        folder.copy_beside(part)
         for name, text in (_changed(folder, dtype) | dict(texts or {})).items():
             write_whole(part / name, text)
-        (part / SOURCE).unlink()
 
 
 def _changed(folder: Folder, dtype: str | None) -> dict[str, str]:
     """Files that are not the base's byte for byte: config.json where it is to state another dtype, generation_config.json where the base has none."""
     changed = {}
     if dtype is not None and dtype != folder.dtype:
-        key = "dtype" if "dtype" in folder.attributes else "torch_dtype"
-        changed["config.json"] = json.dumps(folder.attributes | {key: dtype}, indent=2) + "\n"
+        keys = [key for key in ("dtype", "torch_dtype") if key in folder.attributes] or ["torch_dtype"]
+        changed["config.json"] = json.dumps(folder.attributes | dict.fromkeys(keys, dtype), indent=2) + "\n"
     generation = folder.generation_config()
     if generation and not (folder.path / "generation_config.json").exists():
         changed["generation_config.json"] = generation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,8 @@ BESIDE = (
     "vocab.json",
     "merges.txt",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "tekken.json",
     "generation_config.json",
     "LICENSE*",
     "LICENCE*",
@@ -61,11 +64,29 @@ class Folder:
     @property
     def converted(self) -> Path | None:
         """The orbax checkpoint of a folder made by `convert from-hf`."""
-        return self.path / CONVERTED if (self.path / CONVERTED).is_dir() else None
+        return self.path / CONVERTED if (self.path / CONVERSION).exists() else None
+
+    def converted_dtypes(self) -> dict[str, str]:
+        """Of a folder made by `convert from-hf`: the safetensors dtype of each tensor of its base.
+
+        Raises:
+            UserError: the file that says so is damaged.
+        """
+        try:
+            return {str(name): str(code) for name, code in json.loads((self.path / CONVERSION).read_text(encoding="utf-8"))["dtypes"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"'{self.path / CONVERSION}' is damaged; convert the model again") from None
 
     def beside(self) -> list[Path]:
         """Tokenizer, generation settings and licences: what an export copies byte for byte."""
         return sorted({file for pattern in BESIDE for file in self.path.glob(pattern) if file.is_file()})
+
+    def copy_beside(self, destination: Path) -> None:
+        """Copy config.json and all that lies beside the weights, byte for byte."""
+        for file in [self.path / "config.json", *self.beside()]:
+            copy = destination / file.relative_to(self.path)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
 
     def generation_config(self) -> str | None:
         """What a generation_config.json says where the base has none: config.json's own token ids, as transformers derives them."""
@@ -86,8 +107,10 @@ def open_folder(name_or_path: str, revision: str | None = None, weights: bool = 
         path = hub.download(name_or_path, revision, ["*.json", CARD, *BESIDE] + ["*.safetensors"] * weights)
     try:
         attributes = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except OSError:
+    except FileNotFoundError:
         raise UserError(f"model.model_name_or_path: '{path}' has no config.json; give a Hugging Face model folder") from None
+    except OSError as error:
+        raise UserError(f"model.model_name_or_path: cannot read '{path / 'config.json'}': {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"model.model_name_or_path: '{path / 'config.json'}' is not JSON: {error}") from None
     if not isinstance(attributes, dict):

@@ -7,7 +7,6 @@ memory at once.
 from __future__ import annotations
 
 import ctypes
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from phased_ift_jax.models.decoder import Params, parameter_shapes
-from phased_ift_jax.models.hf_folder import CONVERSION, Folder
+from phased_ift_jax.models.hf_folder import Folder
 from phased_ift_jax.models.tensor_files import DTYPES, Index, Tensor, Tensors, reordered
 from phased_ift_jax.records import UserError
 from phased_ift_jax.sharding import owned
@@ -200,7 +199,7 @@ def stored_dtypes(folder: Folder, dtype: str | None = None) -> Callable[[str], n
     if dtype is None and folder.has_weights:
         return Tensors(folder.path).dtype
     if dtype is None and folder.converted:
-        codes = json.loads((folder.path / CONVERSION).read_text(encoding="utf-8"))["dtypes"]
+        codes = folder.converted_dtypes()
         return lambda name: DTYPES[codes[name]]
     return lambda name: jnp.dtype(dtype or folder.dtype)
 

@@ -67,6 +67,7 @@ OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 LIST = Kind("a list", lambda value: isinstance(value, list))
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+DTYPE = _only("float32", "bfloat16", "float16", "float64", None)
 READ = dict.fromkeys(SIZES, COUNT) | {
     "num_key_value_heads": COUNT_OR_NULL,
     "head_dim": COUNT_OR_NULL,
@@ -79,6 +80,8 @@ READ = dict.fromkeys(SIZES, COUNT) | {
     "rope_scaling": _or_null(OBJECT),
     "rope_parameters": _or_null(OBJECT),
     "layer_types": _or_null(LIST),
+    "dtype": DTYPE,
+    "torch_dtype": DTYPE,
     "use_sliding_window": _or_null(FLAG),
     "max_window_layers": _or_null(NOT_BELOW_0),
 }
@@ -107,7 +110,7 @@ FIXED = {
 # kept here; marks that other tools leave. pretraining_tp, a whole number, belongs here too: transformers 4 split matmuls into so many
 # slices with the same sum, transformers 5 does not read it, and Llama-2-13b was first uploaded with 2.
 NO_EFFECT = """
-    architectures model_type transformers_version _name_or_path name_or_path _commit_hash dtype torch_dtype tokenizer_class
+    architectures model_type transformers_version _name_or_path name_or_path _commit_hash tokenizer_class
     bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id max_sequence_length
     use_cache return_dict use_return_dict output_attentions output_hidden_states tie_last_hidden_states is_decoder chunk_size_feed_forward
     id2label label2id num_labels problem_type finetuning_task task_specific_params prefix

@@ -27,6 +27,7 @@ DTYPES = {"F64": np.dtype("float64"), "F32": np.dtype("float32"), "F16": np.dtyp
 CODES = {dtype.name: code for code, dtype in DTYPES.items()}
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
+HEADER_BYTES = 100_000_000  # the format's own limit
 MAPPED_BYTES = 8 << 20
 BLOCK = 256  # elements a side: two such blocks of any dtype lie in the cache
 
@@ -54,6 +55,8 @@ class Tensors:
         self._where: dict[str, tuple[Path, int, dict[str, Any]]] = {}
         for file in self.files:
             for name, (start, entry) in read_header(file).items():
+                if name in self._where:
+                    raise UserError(f"model.model_name_or_path: {name} is in '{self._where[name][0]}' and in '{file.name}'; fetch both again")
                 self._where[name] = (file, start, entry)
         for name, stated in _weight_map(folder).items():
             if name not in self._where or self._where[name][0].name != stated:
@@ -167,10 +170,10 @@ def write_tensors(file: Path, tensors: Sequence[Tensor], done: Callable[[int], o
 def _made(tensor: Tensor) -> np.ndarray:
     """The tensor's array in its dtype; an error, rather than an infinity, where a number is too large for that."""
     array = tensor.read()
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         result = reordered(array, tensor.dtype)
-    if result.dtype == np.float16 != array.dtype and np.isinf(result).sum() > np.isinf(array).sum():
-        raise UserError(f"{tensor.name} has numbers beyond float16's {np.finfo(np.float16).max:g}; export it as bfloat16 or float32")
+    if result.dtype != array.dtype and np.isinf(result).sum() > np.isinf(array).sum():
+        raise UserError(f"{tensor.name} has numbers beyond {tensor.dtype.name}'s {ml_dtypes.finfo(tensor.dtype).max:g}; export it in a wider dtype")
     return result
 
 
@@ -188,7 +191,7 @@ def weight_files(folder: Path) -> list[Path]:
         advice = f"it has '{others}'; save it again with transformers' save_pretrained, which writes safetensors" if others else "init: random starts without weights"
         raise UserError(f"model.model_name_or_path: '{folder}' has no {ONE} and no {INDEX}; {advice}")
     files = sorted({folder / name for name in _weight_map(folder).values()})
-    missing = [file.name for file in files if not file.exists()]
+    missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise UserError(f"model.model_name_or_path: '{folder}' lacks {missing[0]}" + (f" (and {len(missing) - 1} more)" if missing[1:] else "") + "; fetch it again")
     return files
@@ -213,23 +216,26 @@ def read_header(file: Path) -> dict[str, tuple[int, dict[str, Any]]]:
     Raises:
         UserError: not a safetensors file, cut off, or of a dtype that we do not read.
     """
-    size = file.stat().st_size
     try:
+        size = file.stat().st_size
         with open(file, "rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
-            if not 0 < length <= size - 8:
+            if not 0 < length <= min(size - 8, HEADER_BYTES):
                 raise ValueError
             header = json.loads(handle.read(length))
-        entries = {name: (8 + length + entry["data_offsets"][0], entry) for name, entry in header.items() if name != "__metadata__"}
-        whole = size == 8 + length + max((entry["data_offsets"][1] for _, entry in entries.values()), default=0)
-        for name, (_, entry) in entries.items():
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = 0
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             if entry["dtype"] not in DTYPES:
                 raise UserError(f"model.model_name_or_path: {name} has dtype {entry['dtype']}; only {', '.join(DTYPES)} are read, no quantized weights")
-            begin, end = entry["data_offsets"]
-            if begin < 0 or end - begin != math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize:
+            start, stop = entry["data_offsets"]
+            if start != end or stop - start != math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize:  # a gap, an overlap, or another size
                 raise ValueError
-    except (ValueError, KeyError, TypeError):
+            end = stop
+    except OSError as error:
+        raise UserError(f"model.model_name_or_path: cannot read '{file}': {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise UserError(f"model.model_name_or_path: '{file}' is not a safetensors file; fetch it again") from None
-    if not whole:
+    if size != 8 + length + end:
         raise UserError(f"model.model_name_or_path: '{file}' is cut off or damaged (its size is not what its header says); fetch it again")
-    return entries
+    return {name: (8 + length + entry["data_offsets"][0], entry) for name, entry in entries.items()}

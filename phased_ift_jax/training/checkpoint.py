@@ -21,11 +21,10 @@ from orbax.checkpoint import v1 as ocp
 
 from phased_ift_jax.records import UserError
 from phased_ift_jax.sharding import owned
-from phased_ift_jax.training.stored import saving_options
+from phased_ift_jax.training.stored import COMMITTED, saving_options
 
 Tree = TypeVar("Tree")
 LIBRARIES = ("phased_ift_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
-COMMITTED = "commit_success.txt"  # orbax writes it last
 
 
 @dataclass(frozen=True, order=True)
@@ -41,8 +40,9 @@ class Position:
 class Checkpoints:
     """The checkpoints under one run's folder. At most one save is under way; what is old goes when the new one is committed."""
 
-    def __init__(self, root: Path, identity: str, keep: int) -> None:
-        self.root, self.identity, self.keep = root, identity, keep
+    def __init__(self, root: Path, identity: str, keep: int, base: Path | None = None) -> None:
+        """`base` is the folder whose config and tokenizer an export takes; it is noted with every save."""
+        self.root, self.identity, self.keep, self.base = root, identity, keep, base
         self._saving: Any = None
 
     def committed(self) -> list[tuple[Position, Path]]:
@@ -81,7 +81,7 @@ class Checkpoints:
         self.wait()
         path = self.root / folder / str(position.step)
         path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = asdict(position) | {"identity": self.identity, "versions": versions()}
+        metadata = asdict(position) | {"identity": self.identity, "versions": versions(), "base": str(self.base.absolute()) if self.base else None}
         with saving_options():
             self._saving = ocp.save_async(path.absolute(), tree, overwrite=True, custom_metadata=metadata)
 
@@ -119,8 +119,18 @@ def load_arrays(path: Path, shapes: Tree, shardings: Tree) -> Tree:
 
 
 def metadata_of(checkpoint: Path) -> dict[str, Any]:
-    """What was saved with a checkpoint: its position, the identity of its data, and the versions of the libraries that made it."""
-    return ocp.metadata(checkpoint.absolute()).custom_metadata or {}
+    """What was saved with a checkpoint: its position, the identity of its data, its base, and the versions of the libraries that made it.
+
+    Raises:
+        UserError: it was not saved by a run, or is damaged.
+    """
+    try:
+        found = ocp.metadata(checkpoint.absolute()).custom_metadata
+    except Exception as error:  # orbax raises many kinds for what it cannot read
+        raise UserError(f"'{checkpoint}' is damaged: {' '.join(str(error).split())[:120]}; name another checkpoint") from None
+    if not found or "identity" not in found:
+        raise UserError(f"'{checkpoint}' was not saved by a run; with --base MODEL its weights alone can be exported")
+    return dict(found)
 
 
 @functools.cache

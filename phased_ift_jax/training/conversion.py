@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from phased_ift_jax import config as configuration
 from phased_ift_jax.data.tokenizer_json import added_files
-from phased_ift_jax.files import building, part_of, write_whole
+from phased_ift_jax.files import building, clear, part_of, write_whole
 from phased_ift_jax.models import hf_weights
 from phased_ift_jax.models.hf_export import SOURCE, export
 from phased_ift_jax.models.hf_folder import CARD, CONVERSION, CONVERTED, Folder, open_folder
 from phased_ift_jax.models.tensor_files import CODES, ahead, reordered
 from phased_ift_jax.records import UserError
-from phased_ift_jax.training.checkpoint import Checkpoints
+from phased_ift_jax.training.checkpoint import Checkpoints, metadata_of
 from phased_ift_jax.training.model_card import PROVENANCE, card, provenance
 from phased_ift_jax.training.stored import Stored
 
@@ -62,21 +60,19 @@ def from_hf(folder: Folder, destination: Path, progress: Progress = silent) -> b
         raise UserError(f"'{folder.path}' was made by from-hf already")
     tensors = hf_weights.check(folder)
     weights = hf_weights.weights(folder)
-    beside = [folder.path / "config.json", *folder.beside(), *(path for path in [folder.path / CARD] if path.exists())]
-    source = fingerprint([*tensors.files, *beside])
+    source = fingerprint([*tensors.files, *_texts(folder)])
     if _is_there(destination, CONVERSION, source):
         return False
     total = _bytes_of(folder, None)
     _check_space(destination, total)
-    done = progress(total)
-    with building(destination) as part:
+    with building(destination, SOURCE) as part:
         if not (part / SOURCE).exists() or (part / SOURCE).read_text(encoding="utf-8") != source:
-            _clear(part)
+            clear(part, SOURCE)
             _lay_out(part / CONVERTED, {weight.path: len(weight.shape) for weight in weights})
             write_whole(part / SOURCE, source)
         for unfinished in part.rglob("*.__lock"):
             unfinished.unlink()
-        stored = Stored(part / CONVERTED)
+        stored, done = Stored(part / CONVERTED), progress(total)
 
         def convert(item: tuple[hf_weights.Weight, int]) -> int:
             weight, layer = item
@@ -90,11 +86,11 @@ def from_hf(folder: Folder, destination: Path, progress: Progress = silent) -> b
 
         for size in ahead(convert, ((weight, layer) for weight in weights for layer in range(len(weight.names)))):
             done(size)
-        for file in beside:
-            shutil.copyfile(file, part / file.name)
+        folder.copy_beside(part)
+        if (folder.path / CARD).exists():
+            shutil.copyfile(folder.path / CARD, part / CARD)
         dtypes = {name: CODES[tensors.dtype(name).name] for weight in weights for name in weight.names}
         write_whole(part / CONVERSION, json.dumps({"source": source, "dtypes": dtypes}, indent=1) + "\n")
-        (part / SOURCE).unlink()
     return True
 
 
@@ -108,7 +104,7 @@ def find(source: str, base: str | None = None) -> Source:
     if not path.is_dir():
         raise UserError(f"no such folder '{source}'; give a run, a checkpoint of a run, or a folder made by convert from-hf")
     if (path / CONVERSION).exists():
-        return Source(path / CONVERTED, open_folder(base or source), None)
+        return Source(path / CONVERTED, open_folder(base or source, weights=False), None)
     if any(path.glob("*.safetensors")):
         raise UserError(f"'{source}' holds safetensors: it is a Hugging Face folder already")
     run, checkpoint = path.absolute().parent.parent.parent, path
@@ -117,9 +113,13 @@ def find(source: str, base: str | None = None) -> Source:
         if not ended:
             raise UserError(f"'{source}' has finished no phase; name a checkpoint in '{path / 'checkpoints'}', or train on")
         run, checkpoint = path, ended[-1]
-    if (run / "config.yaml").exists():
-        model = configuration.load(run / "config.yaml").model
-        return Source(checkpoint, open_folder(base or model.model_name_or_path, None if base else model.revision, weights=False), run)
+    if (run / "config.yaml").exists() and base is None:
+        began_with = metadata_of(checkpoint).get("base")
+        if began_with is None or not Path(began_with).is_dir():
+            raise UserError(f"'{source}' was trained from '{began_with}', which is not there any more; say with --base where that model is")
+        return Source(checkpoint, open_folder(began_with, weights=False), run)
+    if (run / "config.yaml").exists() and base is not None:
+        return Source(checkpoint, open_folder(base, weights=False), run)
     if base is None:
         raise UserError(f"'{source}' lies in no run; name the Hugging Face model that it was trained from with --base")
     return Source(checkpoint, open_folder(base, weights=False), None)
@@ -137,7 +137,7 @@ def check(source: Source) -> Stored:
         if paths:
             raise UserError(f"'{source.checkpoint}' {fault} {min(paths)}, by the config.json of '{source.base.path}'; name its own base with --base")
     for weight in weights:
-        shape = tuple(stored.open(weight.path).shape)
+        shape = stored.shape(weight.path)
         if shape != weight.shape:
             raise UserError(f"'{source.checkpoint}': {weight.path} has shape {shape}, the config.json of '{source.base.path}' says {weight.shape}; name its own base with --base")
     return stored
@@ -150,29 +150,29 @@ def to_hf(source: Source, destination: Path, dtype: str | None = None, progress:
         UserError: the checkpoint is not of the base's sizes, a destination that holds something else, a full disk.
     """
     stored, base = check(source), source.base
-    files = [path for path in sorted(source.checkpoint.rglob("*")) if path.is_file()]
-    mark = fingerprint([*files, base.path / "config.json", *base.beside()], dtype=dtype)
-    if _is_there(destination, PROVENANCE, mark):
-        return False
-    opened = cache(stored.open)
-
-    def read(path: str, layer: int | None) -> np.ndarray:
-        array = opened(path)
-        return np.asarray((array if layer is None else array[layer]).read().result())
-
-    tensors = hf_weights.tensors_of(base, read, dtype)
-    total = _bytes_of(base, dtype)
-    _check_space(destination, total)
-    facts: dict[str, Any] = {"source": mark}
+    facts: dict[str, Any] = {}
     texts = added_files(base.path)
     if source.run is not None:
-        facts |= provenance(source.run, source.checkpoint, base)
+        facts = provenance(source.run, source.checkpoint, base)
         texts |= {CARD: card(facts)}
+        dtype = dtype or facts["settings"]["export"]["dtype"]
     elif (base.path / CARD).exists():
-        texts |= {CARD: (base.path / CARD).read_text(encoding="utf-8")}
-    texts |= {PROVENANCE: json.dumps(facts, indent=1) + "\n"}
+        texts |= {CARD: (base.path / CARD).read_text(encoding="utf-8", errors="replace")}
+    tensors = hf_weights.tensors_of(base, stored.read, dtype)
+    files = [path for path in source.checkpoint.rglob("*") if path.is_file()]
+    mark = fingerprint([*files, *_texts(base)], texts=texts, dtypes=[(tensor.name, tensor.dtype.name) for tensor in tensors])
+    if _is_there(destination, PROVENANCE, mark):
+        return False
+    total = _bytes_of(base, dtype)
+    _check_space(destination, total)
+    texts |= {PROVENANCE: json.dumps({"source": mark} | facts, indent=1) + "\n"}
     export(tensors, base, destination, dtype=dtype, texts=texts, source=mark, done=progress(total))
     return True
+
+
+def _texts(folder: Folder) -> list[Path]:
+    """All of a model folder that goes with its weights."""
+    return [folder.path / "config.json", *folder.beside(), *(path for path in [folder.path / CARD] if path.exists())]
 
 
 def fingerprint(files: Iterable[Path], **facts: object) -> str:
@@ -191,18 +191,20 @@ def _is_there(destination: Path, name: str, source: str) -> bool:
     """Whether this source has made the destination; an error where something else has."""
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return False
-    if (destination / name).exists() and json.loads((destination / name).read_text(encoding="utf-8")).get("source") == source:
-        return True
+    try:
+        if json.loads((destination / name).read_text(encoding="utf-8"))["source"] == source:
+            return True
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # something else, then
     raise UserError(f"'{destination}' is there and was not made from this source as it is now; remove it, or name another folder")
 
 
 def _check_space(destination: Path, needed: int) -> None:
     part = part_of(destination)
     there = next(folder for folder in (part.absolute(), *part.absolute().parents) if folder.is_dir())
-    written = sum(path.stat().st_size for path in part.rglob("*") if path.is_file())
     free = shutil.disk_usage(there).free
-    if free < needed - written:
-        raise UserError(f"'{destination}' needs {needed - written:,} bytes, '{there}' has {free:,} free; make room, or name another disk")
+    if free < needed and not part.exists():  # a part that is there has some of them
+        raise UserError(f"'{destination}' needs {needed:,} bytes, '{there}' has {free:,} free; make room, or name another disk")
 
 
 def _common_dtype(dtypes: list[np.dtype]) -> np.dtype:
@@ -211,14 +213,6 @@ def _common_dtype(dtypes: list[np.dtype]) -> np.dtype:
     for dtype in dtypes[1:]:
         common = jnp.promote_types(common, dtype)
     return np.dtype(common)
-
-
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def _lay_out(checkpoint: Path, ranks: dict[str, int]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from phased_ift_jax.data.tokenization import load_tokenizer
 from phased_ift_jax.models import hf_weights, hub
-from phased_ift_jax.models.hf_folder import CONVERSION, Folder, open_folder
+from phased_ift_jax.models.hf_folder import Folder, open_folder
 from phased_ift_jax.models.tensor_files import DTYPES, Tensors
 from phased_ift_jax.records import UserError
 from phased_ift_jax.training import conversion
@@ -57,9 +56,8 @@ def _architecture(folder: Folder) -> dict[str, Any]:
 def _weights(folder: Folder, name_or_path: str, revision: str | None) -> dict[str, Any]:
     if folder.converted:
         conversion.check(conversion.Source(folder.converted, folder, None))
-        codes = json.loads((folder.path / CONVERSION).read_text(encoding="utf-8"))["dtypes"]
         shapes = {name: weight.layout.their_shape(weight.each) for weight in hf_weights.weights(folder) for name in weight.names}
-        header: Header = {name: (code, shapes[name]) for name, code in codes.items()}
+        header: Header = {name: (code, shapes[name]) for name, code in folder.converted_dtypes().items()}
         form = "orbax, made by convert from-hf"
     elif folder.has_weights or Path(name_or_path).expanduser().is_dir():
         tensors = Tensors(folder.path)
@@ -82,9 +80,7 @@ def _weights(folder: Folder, name_or_path: str, revision: str | None) -> dict[st
 
 
 def _tokenizer(folder: Folder, *_: object) -> dict[str, Any]:
-    tokenizer = load_tokenizer(folder.path)
-    if len(tokenizer) > folder.config.vocab_size:
-        raise UserError(f"model.model_name_or_path: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {folder.config.vocab_size}")
+    tokenizer = load_tokenizer(folder.path, folder.config.vocab_size)
     return {
         "tokenizer": "tokenizer.json" if (folder.path / "tokenizer.json").exists() else "tokenizer.model",
         "tokens": len(tokenizer),

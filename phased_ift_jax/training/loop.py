@@ -129,9 +129,7 @@ def prepare(config: RunConfig) -> Run:
         conversion.check(conversion.Source(folder.converted, folder, None))
     elif config.model.init == "pretrained":
         hf_weights.check(folder)
-    tokenizer = load_tokenizer(folder.path)
-    if len(tokenizer) > folder.config.vocab_size:
-        raise UserError(f"model.model_name_or_path: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {folder.config.vocab_size}")
+    tokenizer = load_tokenizer(folder.path, folder.config.vocab_size)
     dataset = prepare_data(config.data, config.curriculum, config.seed, tokenizer)
     mesh = make_mesh(config.mesh)
     return Run(config, folder, tokenizer, dataset, mesh, make_plan(config, dataset, folder.config, batch_rows(mesh)))
@@ -147,7 +145,7 @@ def train(run: Run, report: Callable[[str, Evaluation], None], reported: Callabl
         Stopped: SIGINT or SIGTERM came, and everything is saved.
         UserError: the run in output_dir was made with other settings or other data.
     """
-    store = Checkpoints(run.output / "checkpoints", run.dataset.identity, run.config.checkpoint.save_total_limit)
+    store = Checkpoints(run.output / "checkpoints", run.dataset.identity, run.config.checkpoint.save_total_limit, run.folder.path)
     found = store.newest()
     if found is None and (any((run.output / "hf").glob("*")) or any(reported(phase.phase.folder) for phase in run.plan.phases)):
         raise UserError(f"output_dir: '{run.output}' holds results but no whole checkpoint to go on from; name another folder")

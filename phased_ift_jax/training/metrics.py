@@ -53,7 +53,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, config: LoggingConfig, resume_after: tuple[int, int], settings: dict[str, Any]) -> None:
         path, name = folder / "metrics.jsonl", config.run_name or folder.resolve().name
-        kept = [line for line in _whole_lines(path) if (line["phase_index"], line["step"]) <= resume_after]
+        kept = [line for line in whole_lines(path) if (line["phase_index"], line["step"]) <= resume_after]
         write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._every = config.logging_steps
@@ -96,7 +96,7 @@ class Rate:
         return facts | ({"mfu": flops / seconds / self._peak} if self._peak else {})
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
+def whole_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a file whose last may have been cut off by a kill."""
     if not path.exists():
         return []

@@ -13,7 +13,9 @@ import yaml
 
 from phased_ift_jax import config
 from phased_ift_jax.models.hf_folder import CARD, Folder
+from phased_ift_jax.records import UserError
 from phased_ift_jax.training.checkpoint import metadata_of
+from phased_ift_jax.training.metrics import whole_lines
 
 PROVENANCE = "provenance.json"
 
@@ -22,16 +24,21 @@ def provenance(run: Path, checkpoint: Path, base: Folder) -> dict[str, Any]:
     """The facts of a checkpoint: base, data, arm, phases so far, settings, versions, and what was measured up to it."""
     settings = config.load(run / "config.yaml")
     saved = metadata_of(checkpoint)
-    rows = json.loads((run / "forgetting.json").read_text(encoding="utf-8"))["rows"] if (run / "forgetting.json").exists() else []
+    try:
+        rows = json.loads((run / "forgetting.json").read_text(encoding="utf-8"))["rows"]
+    except FileNotFoundError:
+        rows = []
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"'{run / 'forgetting.json'}' is damaged; remove it, and the model card will be without held-out figures") from None
     phase = checkpoint.parent.name
     until = next((i for i, row in enumerate(rows) if row["after"] == phase), len(rows) - 1)
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()] if (run / "metrics.jsonl").exists() else []
     trained: dict[str, dict[str, Any]] = {}
-    for line in steps:
+    for line in whole_lines(run / "metrics.jsonl"):
         if (line["phase_index"], line["step"]) <= (saved["phase"], saved["step"]):
             trained[line["phase"]] = {name: line[name] for name in ("phase", "step", "epoch", "learning_rate", "loss")}
     return {
-        "base": {"name": settings.model.model_name_or_path, "revision": settings.model.revision, "license": license_of(base), "init": settings.model.init},
+        "base": {"name": settings.model.model_name_or_path, "revision": settings.model.revision, "init": settings.model.init},
+        "base_license": license_of(base),
         "data": {"path": settings.data.path, "license": settings.export.data_license, "sha256": saved["identity"]},
         "arm": settings.curriculum.arm,
         "checkpoint": {name: saved[name] for name in ("phase", "step", "epoch", "complete")} | {"folder": phase},
@@ -42,27 +49,25 @@ def provenance(run: Path, checkpoint: Path, base: Folder) -> dict[str, Any]:
     }
 
 
-def license_of(folder: Folder) -> str | None:
-    """The licence that a model's own card states in its front matter; None where it states none."""
+def license_of(folder: Folder) -> dict[str, str]:
+    """What a model's own card states of its licence in the front matter: license, license_name, license_link, as far as it does."""
     path = folder.path / CARD
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     parts = text.split("---\n", 2)
     if len(parts) < 3 or parts[0].strip():
-        return None
+        return {}
     try:
         stated = yaml.safe_load(parts[1])
     except yaml.YAMLError:
-        return None
-    name = stated.get("license_name") or stated.get("license") if isinstance(stated, dict) else None
-    return str(name) if name else None
+        return {}
+    return {name: stated[name] for name in ("license", "license_name", "license_link") if isinstance(stated, dict) and isinstance(stated.get(name), str)}
 
 
 def card(facts: dict[str, Any]) -> str:
     """A model card with the facts of `provenance`."""
-    base, data, settings = facts["base"], facts["data"], facts["settings"]
+    base, data, settings, terms = facts["base"], facts["data"], facts["settings"], facts["base_license"]
     on_hub = base["name"].count("/") == 1 and not Path(base["name"]).exists()
-    front = {
-        "license": base["license"] or "other",
+    front = (terms or {"license": "other"}) | {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["phased_ift_jax", "instruction-tuning"],
@@ -77,7 +82,8 @@ def card(facts: dict[str, Any]) -> str:
         + (f"random weights of the sizes of {shown}" if base["init"] == "random" else shown)
         + f" (arm `{facts['arm']}`, checkpoint `{place['folder']}` at step {place['step']}{'' if place['complete'] else ', within the phase'}).",
         "",
-        f"- Base: {shown}{' @ ' + base['revision'] if base['revision'] else ''}, licence: {base['license'] or 'not stated by its card'}; its terms hold for this model, too.",
+        f"- Base: {shown}{' @ ' + base['revision'] if base['revision'] else ''}, licence: "
+        f"{terms.get('license_name') or terms.get('license') or 'not stated by its card'}; its terms hold for this model, too.",
         f"- Data: {', '.join(Path(path).name if '://' not in path else path for path in paths)}, licence: {data['license'] or 'not stated (export.data_license)'}; "
         f"identity of the rows, scores and bins: `{data['sha256']}`.",
         f"- Prompt template: `{settings['data']['prompt_template']}`. Ask it in the same form.",

@@ -7,6 +7,8 @@ with which orbax writes them, opens them one by one.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 from phased_ift_jax.records import UserError
 
+COMMITTED = "commit_success.txt"  # orbax writes it last
 CHUNK_BYTES = 128 << 20  # what a reader of one slice has to hold at most, beside the slice
 
 
@@ -35,24 +38,37 @@ class Stored:
     """The arrays under `params` of a checkpoint, by path such as layers/mlp/gate."""
 
     def __init__(self, checkpoint: Path) -> None:
-        """Raises `UserError` where there is no orbax checkpoint of ours."""
+        """Raises `UserError` where there is no whole orbax checkpoint of ours."""
+        self.checkpoint = checkpoint
+        self._opened: dict[str, ts.TensorStore] = {}
         found = sorted(checkpoint.glob("*/_METADATA"))
-        if len(found) != 1:
-            raise UserError(f"'{checkpoint}' is not an orbax checkpoint; name a folder such as RUN/checkpoints/3-hard/1200")
+        if len(found) != 1 or not (checkpoint / COMMITTED).exists():
+            raise UserError(f"'{checkpoint}' is not a whole orbax checkpoint; name a folder such as RUN/checkpoints/3-hard/1200")
         self.folder = found[0].parent
-        metadata = json.loads(found[0].read_text(encoding="utf-8"))
-        self._driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
-        self._in_ocdbt = metadata["use_ocdbt"]
-        keys = [[key["key"] for key in entry["key_metadata"]] for entry in metadata["tree_metadata"].values()]
-        self.paths = {"/".join(parts) for first, *parts in keys if first == "params"}
+        try:
+            metadata = json.loads(found[0].read_text(encoding="utf-8"))
+            self._driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+            self._in_ocdbt = metadata["use_ocdbt"]
+            keys = [[key["key"] for key in entry["key_metadata"]] for entry in metadata["tree_metadata"].values()]
+            self.paths = {"/".join(parts) for first, *parts in keys if first == "params"}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"'{checkpoint}' is damaged: '{found[0]}' cannot be read; name another checkpoint") from None
 
-    def open(self, path: str) -> ts.TensorStore:
-        """The array at a path; `[layer].read()` of it reads that layer alone."""
-        return ts.open(self._spec(path), open=True, read=True).result()
+    def shape(self, path: str) -> tuple[int, ...]:
+        """The shape of an array; raises `UserError` where it is damaged."""
+        with self._one_line(path):
+            return tuple(self._open(path).shape)
+
+    def read(self, path: str, layer: int | None) -> np.ndarray:
+        """An array, or one layer of it; raises `UserError` where a part of it is damaged or gone."""
+        with self._one_line(path):
+            array = self._open(path)
+            return np.asarray((array if layer is None else array[layer]).read().result())
 
     def has(self, path: str, layer: int, rank: int) -> bool:
         """Whether `create`'s array holds this layer: tensorstore writes a chunk aside and renames it, so that one that is there is whole."""
-        return (self.folder / self._name(path) / ".".join([str(layer)] + ["0"] * (rank - 1))).exists()
+        folder = self.folder / self._name(path)
+        return (folder / ".zarray").exists() and (folder / ".".join([str(layer)] + ["0"] * (rank - 1))).exists()
 
     def create(self, path: str, shape: tuple[int, ...], dtype: np.dtype, stacked: bool) -> ts.TensorStore:
         """An array to be written, with a chunk for each layer where layers are stacked; one that is there already is kept."""
@@ -66,6 +82,19 @@ class Stored:
         # chunks of zeros are written like others: orbax takes a chunk that is not there for lost
         spec = self._spec(path) | {"metadata": metadata, "store_data_equal_to_fill_value": True}
         return ts.open(spec, open=True, create=True).result()
+
+    def _open(self, path: str) -> ts.TensorStore:
+        if path not in self._opened:
+            # what is missing is an error, as it is to orbax, not zeros
+            self._opened[path] = ts.open(self._spec(path) | {"fill_missing_data_reads": False}, open=True, read=True).result()
+        return self._opened[path]
+
+    @contextmanager
+    def _one_line(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError, RuntimeError) as error:  # tensorstore's, of several hundred characters
+            raise UserError(f"'{self.checkpoint}' is damaged: {path} cannot be read ({' '.join(str(error).split())[:120]}...); name another checkpoint") from None
 
     def _spec(self, path: str) -> dict[str, Any]:
         name = self._name(path) + "/"
