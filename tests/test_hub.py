@@ -303,7 +303,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two commits of a model as local folders: two shards of 15 MB, and before that one small file."""
     root = tmp_path_factory.mktemp("bases")
     sizes = {"vocab_size": 1024, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
-    made = {MAIN: make_model(root / "main", files=2, **sizes), OLD: make_model(root / "old", seed=1)}
+    made = {MAIN: make_model(root / "main", count=2, **sizes), OLD: make_model(root / "old", seed=1)}
     for folder in made.values():
         (folder / "README.md").write_text("---\nlicense: other\n---\nA model.\n")
         (folder / "special_tokens_map.json").write_text("{}")
