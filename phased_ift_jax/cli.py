@@ -15,11 +15,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from phased_ift_jax.records import UserError
+from phased_ift_jax.records import Failure, UserError
 
 VERBS = {
     "train": "train a model in phases, or at once",
     "convert": "models between Hugging Face folders and orbax checkpoints",
+    "status": "how far a run is, and what its next start will do",
     "inspect": "what a model is and whether it can be trained, without loading it",
     "fetch": "download scored Alpaca, raw Alpaca or the test sets",
 }
@@ -57,10 +58,10 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None)
     try:
         code = main(underscored(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
-    except UserError as error:
+    except (UserError, Failure) as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
-        code = 2
+        code = 2 if isinstance(error, UserError) else 1
     except BrokenPipeError:  # the reader of our output has gone (`| head`); do not let Python complain at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1

@@ -161,6 +161,7 @@ class TrainingConfig(Section):
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of Adam's first moment")
     adam_beta2: float = Field(0.95, ge=0, lt=1, description="decay of Adam's second moment")
     adam_epsilon: float = Field(1.0e-8, gt=0, description="added to the root of Adam's second moment")
+    on_nonfinite: Literal["stop", "skip"] = Field("stop", description="a loss or gradient that is no finite number ends the run, or its step is left out and counted")
     max_grad_norm: float = Field(1.0, gt=0, description="global gradient norm above which gradients are scaled down")
 
     @model_validator(mode="after")
@@ -206,6 +207,7 @@ class LoggingConfig(Section):
 
     logging_steps: int = Field(1, ge=1, description="optimizer steps between lines of metrics.jsonl")
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = Field(("tensorboard",), description="further places for metrics")
+    hang_minutes: float | None = Field(30.0, gt=0, description="minutes without a step after which the stacks of all threads are printed; null: never")
     run_name: str | None = Field(None, description="name in TensorBoard and W&B; default: the output folder's")
 
 

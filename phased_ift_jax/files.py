@@ -6,11 +6,15 @@ import errno
 import fcntl
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from phased_ift_jax.records import UserError
+
+LOCK = ".lock"
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -97,6 +101,41 @@ def _settle(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; the hold ends with the process, however it ends, so that no stale one is left.
+
+    Raises:
+        UserError: another process holds it; the line says which.
+    """
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _hold(handle, folder)
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}".encode())
+        yield
+    finally:
+        os.close(handle)
+
+
+def check_unheld(folder: Path) -> None:
+    """Raise `UserError` where another process holds a folder; look only."""
+    if (folder / LOCK).exists():
+        handle = os.open(folder / LOCK, os.O_RDONLY)
+        try:
+            _hold(handle, folder)
+        finally:
+            os.close(handle)
+
+
+def _hold(handle: int, folder: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(handle, 200, 0).decode(errors="replace") or "another process"
+        raise UserError(f"output_dir: {holder}, is at work in '{folder}'; wait for it to end, or choose another output_dir") from None
 
 
 def is_full(error: BaseException) -> bool:

@@ -12,6 +12,10 @@ from typing import Any
 import numpy as np
 
 
+class Failure(Exception):
+    """Something went wrong inside, and one line says what: exit code 1."""
+
+
 class UserError(Exception):
     """The user's input is at fault. One line: the thing, its value, what would do. Verbs print it and exit 2."""
 

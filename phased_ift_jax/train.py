@@ -22,13 +22,16 @@ def main(argv: Sequence[str]) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
     _refuse_unknown(parser, rest)
-    overrides = [(key, value) for key, value in vars(options).items() if key not in ("config", "profile")]
+    overrides = [(key, value) for key, value in vars(options).items() if key not in ("config", "profile", "fresh")]
     run_config = config.load(options.config, overrides)
     profile = _profile(options.profile)
 
     from phased_ift_jax.evaluation.forgetting import ForgettingMatrix, exact_match
     from phased_ift_jax.training import loop  # jax and what it brings: not before the command line is known to be sound
+    from phased_ift_jax.training.output import begin_afresh
 
+    if options.fresh and (before := begin_afresh(run_config)):
+        print(f"the run that was in '{run_config.output_dir}' is now in '{before}'", flush=True)
     run = loop.prepare(run_config)
     steps = sum(len(phase.steps) for phase in run.plan.phases)
     if profile and profile[1] > steps:
@@ -97,9 +100,10 @@ def describe(run: Run) -> str:
 
 
 def _parser() -> cli.Parser:
-    usage = "python -m phased_ift_jax.train CONFIG [--profile START:STOP] [--KEY VALUE ...]"
+    usage = "python -m phased_ift_jax.train CONFIG [--fresh] [--profile START:STOP] [--KEY VALUE ...]"
     parser = cli.Parser(prog="phased_ift_jax.train", usage=usage, description=__doc__, argument_default=argparse.SUPPRESS)
     parser.add_argument("config", metavar="CONFIG", help="YAML of one run, such as configs/quickstart.yaml")
+    parser.add_argument("--fresh", action="store_true", default=False, help="start at zero; a run that is in output_dir is renamed, not removed")
     parser.add_argument("--profile", metavar="START:STOP", default=None, help="trace these optimizer steps of the run (from 0) for xprof")
     keys = parser.add_argument_group("keys of the configuration, each of which may be given as a flag with a YAML value")
     for key, default, description in config.fields():
@@ -115,7 +119,7 @@ def _refuse_unknown(parser: cli.Parser, rest: list[str]) -> None:
     if not rest[0].startswith("--"):
         raise UserError(f"{parser.prog}: what is {rest[0]!r}? One CONFIG is expected, then flags such as --training.learning_rate 1e-5")
     key = rest[0][2:].partition("=")[0]
-    known = [name for name, _, _ in config.fields()] + ["profile"]
+    known = [name for name, _, _ in config.fields()] + ["profile", "fresh"]
     section, _, last = key.rpartition(".")
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
     if siblings:

@@ -279,7 +279,7 @@ def test_every_key_has_a_description_and_a_flag() -> None:
 def test_hyphens_are_accepted_in_flags_and_left_alone_in_values() -> None:
     assert cli.underscored(["--training.learning-rate", "1e-5", "--output-dir=a-b", "my-run.yaml"]) == ["--training.learning_rate", "1e-5", "--output_dir=a-b", "my-run.yaml"]
     parsed = vars(train._parser().parse_args(cli.underscored(["c-d.yaml", "--training.learning-rate", "1e-5", "--mesh.fsdp", "-1", "--output-dir=a-b"])))
-    assert parsed == {"config": "c-d.yaml", "profile": None, "training.learning_rate": "1e-5", "mesh.fsdp": "-1", "output_dir": "a-b"}
+    assert parsed == {"config": "c-d.yaml", "fresh": False, "profile": None, "training.learning_rate": "1e-5", "mesh.fsdp": "-1", "output_dir": "a-b"}
 
 
 def test_flags_are_not_abbreviated() -> None:

@@ -15,7 +15,7 @@ from phased_ift_jax.models import hf_folder
 from phased_ift_jax.records import UserError
 from phased_ift_jax.sharding import put
 from phased_ift_jax.train import describe
-from phased_ift_jax.training import loop
+from phased_ift_jax.training import interrupts, loop
 from phased_ift_jax.training.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
@@ -120,6 +120,7 @@ PREPARED = {
     "training.adam_beta1": ("step", {"training.adam_beta1": 0.5}),
     "training.adam_beta2": ("step", {"training.adam_beta2": 0.5}),
     "training.adam_epsilon": ("step", {"training.adam_epsilon": 1e-3}),
+    "training.on_nonfinite": ("step", {"training.on_nonfinite": "skip"}),
     "training.max_grad_norm": ("step", {"training.max_grad_norm": 0.25}),
     "mesh.data": ("plan", {"mesh.data": 2}),
     "mesh.fsdp": ("plan", {"mesh.fsdp": 4, "mesh.tensor": -1}),
@@ -143,6 +144,7 @@ OWN_TEST = {
     "logging.logging_steps",
     "logging.report_to",
     "logging.run_name",
+    "logging.hang_minutes",
     "export.after_each_phase",
     "export.dtype",
     "export.data_license",
@@ -184,7 +186,8 @@ SHORT = {"curriculum.order": [1, 2], "training.num_train_epochs": 1, "data.eval_
 
 def test_output_dir_and_the_defaults_of_a_run(base, tmp_path):
     _, told = train(changed(base, SHORT | {"output_dir": str(tmp_path / "here")}))
-    assert {path.name for path in (tmp_path / "here").iterdir()} == {"checkpoints", "config.yaml", "forgetting.json", "hf", "metrics.jsonl", "quarantine.jsonl", "tensorboard"}
+    written = {"checkpoints", "config.yaml", "forgetting.json", "hf", "metrics.jsonl", "plan.json", "quarantine.jsonl", "tensorboard", ".lock"}
+    assert {path.name for path in (tmp_path / "here").iterdir()} == written
     assert not told["base"].answers
     assert len(list((tmp_path / "here/hf").iterdir())) == 2
     assert json.loads((tmp_path / "here/hf/1-stage1/config.json").read_text())["torch_dtype"] == "float32"
@@ -209,6 +212,17 @@ def test_export_keys_and_evaluation_keys(base, tmp_path):
     answers = [answer.answer for evaluation in told.values() for found in evaluation.answers.values() for answer in found]
     assert answers
     assert max(len(answer.split()) for answer in answers) <= 3
+
+
+def test_hang_minutes(base, tmp_path, monkeypatch):
+    armed = []
+    monkeypatch.setattr(interrupts.faulthandler, "dump_traceback_later", lambda seconds, **_: armed.append(seconds))
+    train(changed(base, SHORT | {"output_dir": str(tmp_path / "a"), "logging.hang_minutes": 7}))
+    assert set(armed) == {420}
+    assert len(armed) > 4, "once at the start, and at every step"
+    armed.clear()
+    train(changed(base, SHORT | {"output_dir": str(tmp_path / "b"), "logging.hang_minutes": None}))
+    assert not armed
 
 
 def test_hub_keys(base, tmp_path, monkeypatch):

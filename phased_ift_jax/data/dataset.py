@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import numpy as np
@@ -117,8 +118,14 @@ def prepare(data: DataConfig, curriculum: CurriculumConfig, seed: int, tokenizer
 
 def write_quarantine(quarantined: tuple[Quarantined, ...], path: Path) -> None:
     """One JSON line for each row that is not used: file, line, id, reason."""
-    lines = (json.dumps({"file": row.source.path, "line": row.source.line, "id": row.id, "reason": row.reason}, ensure_ascii=False) for row in quarantined)
-    write_whole(path, "".join(line + "\n" for line in lines))
+    lines = (json.dumps({"file": row.source.path, "line": row.source.line, "id": row.id, "reason": _reason(row)}, ensure_ascii=False) for row in quarantined)
+    # some names of files are not Unicode; what stands for their bytes is written as JSON escapes it
+    write_whole(path, "".join(line.encode(errors="backslashreplace").decode() + "\n" for line in lines))
+
+
+def _reason(row: Quarantined) -> str:
+    """A reason as long as one reads: some quote the text that is at fault."""
+    return row.reason if len(row.reason) <= 300 else row.reason[:300] + " ..."
 
 
 def hash_of(records: Any) -> str:
@@ -135,7 +142,7 @@ def _refuse_if_many(quarantined: list[Quarantined], rows: int, allowed: float) -
         first = quarantined[0]
         raise UserError(
             f"data: {len(quarantined)} of {rows} rows cannot be used, more than data.max_quarantined {allowed:g} allows; "
-            f"the first is {first.source} (id {first.id}): {first.reason}"
+            f"the first is {first.source} (id {short(first.id)}): {_reason(first)}"
         )
     if len(quarantined) == rows:
         raise UserError("data.path: no row can be used")

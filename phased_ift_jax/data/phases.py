@@ -147,12 +147,14 @@ def _listed(path: str, records: Sequence[Record]) -> Binning:
     try:
         listed = json.loads(Path(path).read_text(encoding="utf-8"))["bins"]
         named = [(str(entry["name"]), [str(i) for i in entry["ids"]]) for entry in listed]
+        if not all(isinstance(entry["ids"], list) for entry in listed):
+            raise TypeError
     except OSError as error:
         raise UserError(f"curriculum.bins.from: cannot read '{path}': {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f'curriculum.bins.from: \'{path}\' is not of the form {{"bins": [{{"name": "easy", "ids": ["1", "2"]}}]}}') from None
     names = tuple(name for name, _ in named)
-    if len(set(names)) < len(names) or not all(re.match(NAME, name) for name in names):
+    if len(set(names)) < len(names) or not all(re.fullmatch(NAME, name) for name in names):
         raise UserError(f"curriculum.bins.from: the names of '{path}', {', '.join(map(repr, names))}, must be distinct and made of letters, digits and _.+-")
     number: dict[str, int] = {}
     for b, (name, ids) in enumerate(named, 1):
@@ -161,6 +163,6 @@ def _listed(path: str, records: Sequence[Record]) -> Binning:
                 raise UserError(f"curriculum.bins.from: id {i!r} is in bins {named[number[i] - 1][0]!r} and {name!r} of '{path}'; bins are disjoint")
     unknown = number.keys() - {plain(record).id for record in records}
     if unknown:
-        raise UserError(f"curriculum.bins.from: '{path}' lists {len(unknown)} ids that the data does not have, such as {min(unknown)!r}")
+        raise UserError(f"curriculum.bins.from: '{path}' lists {len(unknown)} ids that the data does not have, such as {min(unknown)[:80]!r}")
     bin_of = np.array([number.get(plain(record).id, 0) for record in records], np.int64)
     return Binning(names, bin_of, f"its id is not in '{path}'")

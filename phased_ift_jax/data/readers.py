@@ -13,6 +13,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from reprlib import repr as short
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ def _expand(path: str, split: str) -> list[tuple[str, Rows]]:
         return [(path, _tfds(path.removeprefix("tfds:"), split))]
     local = os.path.expanduser(path)
     if os.path.isdir(local):
-        names = [name for name in sorted(os.listdir(local)) if _extension(name) in FORMATS and not name.startswith(".")]
+        names = [name for name in _listing(local) if _extension(name) in FORMATS and not name.startswith(".")]
         if "dataset_info.json" in names and "features.json" in names:
             raise UserError(f"data.path: '{path}' is a TFDS folder; write 'tfds:{path}'")
         if not names:
@@ -97,7 +98,14 @@ def _guarded(path: str, rows: Rows) -> Rows:
     try:
         yield from rows
     except OSError as error:
-        raise UserError(f"data.path: cannot read '{path}': {error.strerror or error}") from None
+        raise UserError(f"data.path: cannot read '{path}': {error.strerror or _one_line(error)}") from None
+
+
+def _listing(folder: str) -> list[str]:
+    try:
+        return sorted(os.listdir(folder or "."))
+    except OSError as error:
+        raise UserError(f"data.path: cannot read '{folder}': {error.strerror}") from None
 
 
 def _extension(path: str) -> str:
@@ -110,7 +118,7 @@ def _nearest(path: str) -> str:
         return "; remote files must be copied to this machine first"
     if not os.path.isdir(folder or "."):
         return f"; there is no folder '{folder}' either"
-    near = difflib.get_close_matches(name, os.listdir(folder or "."), n=1)
+    near = difflib.get_close_matches(name, _listing(folder), n=1)
     return f"; did you mean '{os.path.join(folder, near[0])}'?" if near else "; a hub dataset is hub:org/name, a TFDS one tfds:name"
 
 
@@ -157,20 +165,43 @@ def _json_line(data: bytes) -> object:
 def _csv(path: str) -> Rows:
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is shorter than some conversations
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, strict=True)
+        taken: list[str] = []  # the lines of the row being read
+        reader = csv.reader(_noted(file, taken), strict=True)
         header: list[str] = []
         while True:
             line = reader.line_num + 1
+            taken.clear()
             try:
                 cells = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield line, BadRow(f"not valid CSV: {error}; is a quote left open, or not doubled?")
+                fault = f"not valid CSV: {error}; is a quote left open, or not doubled?"
+                if not header:
+                    raise UserError(f"data.path: {path}:{line}: the header is {fault}") from None
+                yield line, BadRow(fault)
+                for number, text in enumerate(taken[1:], line + 1):  # rows, most likely, that an open quote has swallowed
+                    if text.strip("\r\n"):
+                        yield number, BadRow(f"lost in the row of line {line}, which is not valid CSV")
                 continue
             if header and cells:
                 yield line, _csv_row(header, cells)
-            header = header or cells
+            elif cells:
+                header = _once(cells, f"{path}:{line}: the header")
+
+
+def _noted(lines: Iterable[str], taken: list[str]) -> Iterator[str]:
+    for line in lines:
+        taken.append(line)
+        yield line
+
+
+def _once(names: list[str], what: str) -> list[str]:
+    """Names of columns, each of which must be one column's: of two, a row could keep only one."""
+    twice = [name for name, count in Counter(names).items() if count > 1 and name]
+    if twice:
+        raise UserError(f"data.path: {what} names {short(twice[0])} twice; rename one of the two, or leave it out")
+    return names
 
 
 def _csv_row(header: list[str], cells: list[str]) -> object:
@@ -190,8 +221,9 @@ def _parquet(path: str) -> Rows:
 
     try:
         with pq.ParquetFile(path) as file:
+            _once(file.schema_arrow.names, f"{path}: the schema")
             yield from _arrow_rows(file.iter_batches(batch_size=1024))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # a column's name may be no text, too
         raise UserError(f"data.path: '{path}' is not readable as parquet: {_one_line(error)}") from None
 
 
@@ -200,7 +232,7 @@ def _arrow_rows(batches: Iterable[Any]) -> Rows:
     for batch in batches:
         try:
             rows: list[object] = batch.to_pylist()
-        except ValueError:  # some cell is no text, or no date that Python has: find its row
+        except (ValueError, OverflowError):  # some cell is no text, or no date or span that Python has: find its row
             rows = [_arrow_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
         yield from enumerate(rows, line + 1)
         line += len(rows)
@@ -211,7 +243,7 @@ def _arrow_row(one_row: Any) -> object:
         return one_row.to_pylist()[0]
     except UnicodeDecodeError:
         return BadRow("invalid UTF-8")
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         return BadRow(f"a cell cannot be read: {_one_line(error)}")
 
 

@@ -96,7 +96,9 @@ def _chat(row: dict[str, Any]) -> Content:
 
 def _messages(value: Any) -> list[tuple[object, str]]:
     if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):  # how TFDS and parquet keep such lists
-        value = [dict(zip(value, cells, strict=False)) for cells in zip(*value.values(), strict=False)]
+        if len({len(column) for column in value.values()}) > 1:
+            raise BadRow("`messages` is not a list of {role, content}: its columns differ in length")
+        value = [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
     if not isinstance(value, list) or not all(isinstance(message, dict) and isinstance(message.get("content"), str) for message in value):
         raise BadRow("`messages` is not a list of {role, content} whose contents are texts")
     return [(message.get("role"), message["content"]) for message in value]

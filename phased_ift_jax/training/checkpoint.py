@@ -1,7 +1,8 @@
 """Checkpoints of a run: `checkpoints/<index>-<phase>/<step>/`, each whole or not there, saved while training goes on.
 
-Orbax writes to a folder aside and renames it; the position (phase, epoch, step, complete) travels in the same commit. The checkpoint at
-the end of a phase is marked complete and, where the optimizer is reset, holds the weights alone: it can only start the next phase.
+Orbax writes to a folder aside and renames it; then the manifest is written, which holds the position (phase, epoch, step, complete) and a
+hash of every file, and makes it a checkpoint. The checkpoint at the end of a phase is marked complete and, where the optimizer is reset,
+holds the weights alone: it can only start the next phase.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,12 +21,18 @@ from typing import Any, TypeVar
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from phased_ift_jax.records import UserError
+from phased_ift_jax.files import is_full
+from phased_ift_jax.records import Failure, UserError
 from phased_ift_jax.sharding import owned
-from phased_ift_jax.training.stored import COMMITTED, saving_options
+from phased_ift_jax.training import manifest
+from phased_ift_jax.training.stored import saving_options
 
 Tree = TypeVar("Tree")
 LIBRARIES = ("phased_ift_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
+
+
+class SaveFailed(Failure):
+    """A checkpoint could not be saved; the one before it is whole."""
 
 
 @dataclass(frozen=True, order=True)
@@ -43,69 +51,113 @@ class Checkpoints:
     def __init__(self, root: Path, identity: str, keep: int, base: Path | None = None) -> None:
         """`base` is the folder whose config and tokenizer an export takes; it is noted with every save."""
         self.root, self.identity, self.keep, self.base = root, identity, keep, base
-        self._saving: Any = None
+        self.damaged: dict[Path, str] = {}  # found so, and why
+        self._sound: set[Path] = set()  # found to be as saved
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self._saving: Future[None] | None = None
 
     def committed(self) -> list[tuple[Position, Path]]:
-        """Every whole checkpoint, oldest first."""
+        """Every checkpoint with a manifest, oldest first."""
         return sorted(self._committed(), key=lambda found: found[0])
 
     def newest(self) -> tuple[Position, Path] | None:
-        """The checkpoint to go on from; None where no save was ever committed.
+        """The newest checkpoint of which every byte is as it was saved; None where no save was ever committed. `damaged` tells of newer ones.
 
         Raises:
-            UserError: the newest one was made from other data (rows, scores or bins: its identity is another).
+            UserError: it was made from other data (rows, scores or bins: its identity is another), or every checkpoint is damaged.
         """
-        found = self.committed()
-        if not found:
-            return None
-        position, path = found[-1]
-        if metadata_of(path)["identity"] != self.identity:
-            raise UserError(f"data.path: rows, scores or bins have changed since '{path}' was saved; restore them, or choose another output_dir")
-        return position, path
+        for position, path in reversed(self.committed()):
+            if self._is_sound(path):
+                if metadata_of(path)["identity"] != self.identity:
+                    raise UserError(f"data.path: rows, scores or bins have changed since '{path}' was saved; restore them, or choose another output_dir")
+                return position, path
+        for path in sorted(self.root.glob("*/[0-9]*")):
+            if path.is_dir() and path.name.isdigit() and not self._is_sound(path):
+                raise UserError(f"output_dir: no whole checkpoint is left: in '{path}' {self.damaged[path]}; restore it, or start again with --fresh")
+        return None
 
-    def clear_remains(self) -> None:
-        """Remove what a save that was killed has left: orbax would do so only if the same step were saved again."""
+    def set_aside(self) -> None:
+        """Rename what was found damaged, and remove what a save that was killed has left (orbax would do so only when the same step is saved)."""
+        for path in self.damaged:
+            if path.exists():
+                path.rename(path.with_name(f"damaged-{path.name}"))
         for path in self.root.glob("*/*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def of_phase(self, folder: str) -> Path | None:
-        """The checkpoint that ended a phase, if it did."""
-        return next((path for position, path in self.committed() if position.complete and path.parent.name == folder), None)
+        """The checkpoint that ended a phase, if it did.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        path = next((path for position, path in self.committed() if position.complete and path.parent.name == folder), None)
+        if path is not None and not self._is_sound(path):
+            raise UserError(f"output_dir: in '{path}' {self.damaged[path]}; restore it, or start again with --fresh")
+        return path
 
     def save(self, folder: str, position: Position, tree: Any) -> None:
         """Start saving; the arrays are copied before this returns, so the next step may give up their buffers.
 
         Raises:
-            Exception: the save before this one failed.
+            SaveFailed: the save before this one failed, or this one cannot begin.
         """
         self.wait()
         path = self.root / folder / str(position.step)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = asdict(position) | {"identity": self.identity, "versions": versions(), "base": str(self.base.absolute()) if self.base else None}
-        with saving_options():
-            self._saving = ocp.save_async(path.absolute(), tree, overwrite=True, custom_metadata=metadata)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with saving_options():
+                saving = ocp.save_async(path.absolute(), tree, overwrite=True)
+        except Exception as error:
+            raise _failed(path, error) from error
+        facts = asdict(position) | {"identity": self.identity, "versions": versions(), "base": str(self.base.absolute()) if self.base else None}
+        self._saving = self._thread.submit(self._commit, saving, path, facts)
+
+    def check(self) -> None:
+        """Raise `SaveFailed` as soon as the save under way is known to have failed, rather than with the next one."""
+        if self._saving is not None and self._saving.done():
+            self.wait()
 
     def wait(self) -> None:
-        """Wait until the save under way is committed, then remove what it made old."""
-        if self._saving is None:
-            return
+        """Wait until the save under way is committed and what it made old is removed; raises `SaveFailed`."""
         saving, self._saving = self._saving, None
-        saving.result()
+        if saving is not None:
+            saving.result()
+
+    def _commit(self, saving: Any, path: Path, facts: dict[str, Any]) -> None:
+        try:
+            saving.result()
+            manifest.seal(path, facts)
+        except Exception as error:
+            raise _failed(path, error) from error
+        self._sound.add(path)
         phases: dict[int, list[tuple[Position, Path]]] = {}
-        for position, path in self.committed():
-            phases.setdefault(position.phase, []).append((position, path))
-        for found in phases.values():
-            ended = [path for position, path in found if position.complete]
-            within = [path for position, path in found if not position.complete]
-            for path in within if ended else within[: -self.keep]:
-                (path / COMMITTED).unlink()  # first: half removed, it is no checkpoint
-                shutil.rmtree(path)
+        for position, found in self.committed():
+            phases.setdefault(position.phase, []).append((position, found))
+        for of_phase in phases.values():
+            ended = [found for position, found in of_phase if position.complete]
+            within = [found for position, found in of_phase if not position.complete]
+            for old in within if ended else within[: -self.keep]:
+                manifest.unseal(old)
+                shutil.rmtree(old)
+
+    def _is_sound(self, path: Path) -> bool:
+        if path not in self._sound and path not in self.damaged:
+            fault = manifest.fault(path)
+            if fault is None:
+                self._sound.add(path)
+            else:
+                self.damaged[path] = fault
+        return path in self._sound
 
     def _committed(self) -> Iterator[tuple[Position, Path]]:
         for path in self.root.glob("*/*"):
-            if re.fullmatch(r"[0-9]+", path.name) and (path / COMMITTED).exists():
-                metadata = metadata_of(path)
-                yield Position(**{name: metadata[name] for name in Position.__dataclass_fields__}), path
+            if re.fullmatch(r"[0-9]+", path.name) and (facts := manifest.facts_of(path)) is not None:
+                yield Position(**{name: facts[name] for name in Position.__dataclass_fields__}), path
+
+
+def _failed(path: Path, error: Exception) -> SaveFailed:
+    cause = "no space is left on the disk" if is_full(error) else " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return SaveFailed(f"saving '{path}' failed: {cause}; the checkpoint before it is whole, and the same command goes on from there")
 
 
 def load_arrays(path: Path, shapes: Tree, shardings: Tree) -> Tree:
@@ -124,13 +176,10 @@ def metadata_of(checkpoint: Path) -> dict[str, Any]:
     Raises:
         UserError: it was not saved by a run, or is damaged.
     """
-    try:
-        found = ocp.metadata(checkpoint.absolute()).custom_metadata
-    except Exception as error:  # orbax raises many kinds for what it cannot read
-        raise UserError(f"'{checkpoint}' is damaged: {' '.join(str(error).split())[:120]}; name another checkpoint") from None
-    if not found or "identity" not in found:
-        raise UserError(f"'{checkpoint}' was not saved by a run; with --base MODEL its weights alone can be exported")
-    return dict(found)
+    facts = manifest.facts_of(checkpoint)
+    if facts is None:
+        raise UserError(f"'{checkpoint}' has no whole {manifest.MANIFEST}, so no run has saved it; with --base MODEL its weights alone can be exported")
+    return facts
 
 
 @functools.cache

@@ -28,6 +28,7 @@ from phased_ift_jax.models.hf_export import SOURCE, export
 from phased_ift_jax.models.hf_folder import CARD, CONVERSION, CONVERTED, Folder, open_folder
 from phased_ift_jax.models.tensor_files import CODES, ahead, reordered
 from phased_ift_jax.records import UserError
+from phased_ift_jax.training import manifest
 from phased_ift_jax.training.checkpoint import Checkpoints, metadata_of
 from phased_ift_jax.training.model_card import PROVENANCE, card, provenance
 from phased_ift_jax.training.stored import Stored
@@ -143,16 +144,20 @@ def check(source: Source) -> Stored:
     return stored
 
 
-def to_hf(source: Source, destination: Path, dtype: str | None = None, progress: Progress = silent) -> bool:
-    """Write a checkpoint as a Hugging Face folder, in the base's dtype or this one. False: it is there already.
+def to_hf(source: Source, destination: Path, dtype: str | None = None, progress: Progress = silent, verify: bool = True) -> bool:
+    """Write a checkpoint as a Hugging Face folder, in the run's or the base's dtype or this one. False: it is there already.
+
+    A run's checkpoint is first compared with its manifest, unless the caller has done so (`verify`).
 
     Raises:
-        UserError: the checkpoint is not of the base's sizes, a destination that holds something else, a full disk.
+        UserError: the checkpoint is damaged or not of the base's sizes, a destination that holds something else, a full disk.
     """
     stored, base = check(source), source.base
     facts: dict[str, Any] = {}
     texts = added_files(base.path)
     if source.run is not None:
+        if verify and (fault := manifest.fault(source.checkpoint)):
+            raise UserError(f"'{source.checkpoint}' is damaged: {fault}; name another checkpoint")
         facts = provenance(source.run, source.checkpoint, base)
         texts |= {CARD: card(facts)}
         dtype = dtype or facts["settings"]["export"]["dtype"]

@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import json
+import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,28 +16,33 @@ from typing import Any
 
 import jax
 import numpy as np
-import yaml
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from phased_ift_jax.config import RunConfig, dump, load
+from phased_ift_jax.config import RunConfig, dump
 from phased_ift_jax.data.batches import Steps, batches
 from phased_ift_jax.data.dataset import Dataset, write_quarantine
 from phased_ift_jax.data.dataset import prepare as prepare_data
 from phased_ift_jax.data.packing import choose_shapes
 from phased_ift_jax.data.tokenization import decode, load_tokenizer
-from phased_ift_jax.files import write_whole
+from phased_ift_jax.files import sole_writer, write_whole
 from phased_ift_jax.models import generation, hf_weights, hub
 from phased_ift_jax.models.attention import implementation
 from phased_ift_jax.models.decoder import Params
 from phased_ift_jax.models.hf_folder import Folder, open_folder
-from phased_ift_jax.records import UserError
+from phased_ift_jax.records import Failure, UserError
 from phased_ift_jax.sharding import batch_rows, make_mesh, put
 from phased_ift_jax.training import conversion
 from phased_ift_jax.training.checkpoint import Checkpoints, Position, load_arrays
+from phased_ift_jax.training.interrupts import stop_requests, watchdog
 from phased_ift_jax.training.metrics import MetricsLog, Rate, check_reporters, peak_flops
+from phased_ift_jax.training.output import check_output
 from phased_ift_jax.training.plan import PhasePlan, Plan, attended_pairs, make_plan, row_price
 from phased_ift_jax.training.step import BATCH_DIMS, Trainer, TrainState
+
+
+class NonFinite(Failure):
+    """A loss or a gradient was no finite number; the last checkpoint has none such."""
 
 
 class Stopped(Exception):
@@ -91,7 +95,7 @@ class Run:
 
     def trainer(self, phase: PhasePlan) -> Trainer:
         """One trainer, and so one compilation, for all phases whose optimizer is the same."""
-        optimizer = phase.training.model_dump(include={"optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"})
+        optimizer = phase.training.model_dump(include={"optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "on_nonfinite"})
         model = self.config.model
         return self.trainers.setdefault(
             str(optimizer),
@@ -122,7 +126,7 @@ def prepare(config: RunConfig) -> Run:
     """
     if jax.process_count() > 1:
         raise UserError(f"mesh: {jax.process_count()} processes; a run uses the devices of one")
-    _check_output(config)
+    check_output(config)
     check_reporters(config.logging)
     folder = open_folder(config.model.model_name_or_path, config.model.revision, weights=config.model.init == "pretrained")
     if config.model.init == "pretrained" and folder.converted:
@@ -143,22 +147,31 @@ def train(run: Run, report: Callable[[str, Evaluation], None], reported: Callabl
 
     Raises:
         Stopped: SIGINT or SIGTERM came, and everything is saved.
-        UserError: the run in output_dir was made with other settings or other data.
+        SaveFailed, NonFinite: a checkpoint could not be saved, or a step went wrong; what was saved before is whole.
+        UserError: the run in output_dir was made with other settings or other data, is damaged, or another process is at it.
     """
+    run.output.mkdir(parents=True, exist_ok=True)
+    with sole_writer(run.output), watchdog(run.config.logging.hang_minutes) as alive:
+        _train(run, report, reported, profile, alive)
+
+
+def _train(run: Run, report: Callable[[str, Evaluation], None], reported: Callable[[str], bool], profile: tuple[int, int] | None, alive: Callable[[], None]) -> None:
     store = Checkpoints(run.output / "checkpoints", run.dataset.identity, run.config.checkpoint.save_total_limit, run.folder.path)
     found = store.newest()
     if found is None and (any((run.output / "hf").glob("*")) or any(reported(phase.phase.folder) for phase in run.plan.phases)):
-        raise UserError(f"output_dir: '{run.output}' holds results but no whole checkpoint to go on from; name another folder")
+        raise UserError(f"output_dir: '{run.output}' holds results but no whole checkpoint to go on from; name another folder, or start again with --fresh")
+    for path, fault in store.damaged.items():
+        print(f"'{path}' is damaged: {fault}; it is set aside, and the checkpoint before it is used", flush=True)
     position = found[0] if found else Position(0, 0, 0, complete=True)
     if found:
         print(f"going on from {found[1]} ({'phase complete' if position.complete else f'epoch {position.epoch + 1}'})", flush=True)
-    run.output.mkdir(parents=True, exist_ok=True)
-    store.clear_remains()
+    store.set_aside()
     write_whole(run.output / "config.yaml", dump(run.config))
+    write_whole(run.output / "plan.json", json.dumps({"phases": [_outline(phase) for phase in run.plan.phases]}, indent=1) + "\n")
     write_quarantine(run.dataset.quarantined, run.output / "quarantine.jsonl")
     log = MetricsLog(run.output, run.config.logging, (position.phase, position.step), run.config.model_dump(mode="json"))
     try:
-        with _stop_requests() as stop:
+        with stop_requests() as stop:
             if run.held_out and not reported("base"):
                 report("base", evaluate(run, run.base_params()))
             for phase in run.plan.phases:
@@ -168,7 +181,7 @@ def train(run: Run, report: Callable[[str, Evaluation], None], reported: Callabl
                     raise Stopped
                 if not done:
                     state, start = _begin(run, phase, trainer, store, position)
-                    _train_phase(run, phase, trainer, state, start, store, log, stop, profile)
+                    _train_phase(run, phase, trainer, state, start, store, log, stop, profile, alive)
                     del state
                 if stop:
                     raise Stopped
@@ -233,7 +246,16 @@ def _begin(run: Run, phase: PhasePlan, trainer: Trainer, store: Checkpoints, pos
 
 
 def _train_phase(
-    run: Run, phase: PhasePlan, trainer: Trainer, state: TrainState, start: int, store: Checkpoints, log: MetricsLog, stop: list[int], profile: tuple[int, int] | None
+    run: Run,
+    phase: PhasePlan,
+    trainer: Trainer,
+    state: TrainState,
+    start: int,
+    store: Checkpoints,
+    log: MetricsLog,
+    stop: list[int],
+    profile: tuple[int, int] | None,
+    alive: Callable[[], None],
 ) -> None:
     """Train the steps of a phase from `start` on, saving as configured, and at its end."""
     steps, rates = phase.steps, phase.learning_rates
@@ -250,10 +272,13 @@ def _train_phase(
         if pending is None:
             return
         (facts, metrics), pending = pending, None
-        flops = facts.pop("flops")
-        line = facts | {name: float(value) for name, value in metrics.items()} | rate.lap(facts["tokens"], flops)
-        log.write(line, last=facts["step"] == len(steps))
-        shown = {"loss": f"{line['loss']:.3f}", "lr": f"{line['learning_rate']:.2e}", "tok/s": f"{line['tokens_per_second']:,.0f}"}
+        numbers = {name: float(value) for name, value in metrics.items()}
+        alive()
+        skipped = _not_finite(run, phase, facts, numbers)
+        line = facts | numbers | rate.lap(facts["tokens"], facts["flops"]) | skipped
+        del line["flops"]
+        log.write(line, last=facts["step"] == len(steps) or bool(skipped))
+        shown = {"loss": f"{numbers['loss']:.3f}", "lr": f"{line['learning_rate']:.2e}", "tok/s": f"{line['tokens_per_second']:,.0f}"}
         bar.set_postfix(shown | ({"mfu": f"{line['mfu']:.1%}"} if "mfu" in line else {}), refresh=False)
         bar.update()
 
@@ -262,6 +287,7 @@ def _train_phase(
             jax.profiler.start_trace(str(run.output / "profile"))
             tracing = True
         learning_rate = put(np.asarray(rates[step], np.float32), "", run.mesh)
+        store.check()
         state, metrics = trainer.step(state, put(batch, BATCH_DIMS, run.mesh), learning_rate)
         flush()
         pending = _facts(run, phase, step, before, batch), metrics
@@ -301,7 +327,33 @@ def _finish_phase(run: Run, phase: PhasePlan, trainer: Trainer, store: Checkpoin
         report(phase.phase.folder, evaluate(run, params))
         del params
     if export:
-        conversion.to_hf(conversion.Source(path, run.folder, run.output), destination, run.config.export.dtype)
+        conversion.to_hf(conversion.Source(path, run.folder, run.output), destination, run.config.export.dtype, verify=False)
+
+
+def _not_finite(run: Run, phase: PhasePlan, facts: dict[str, Any], numbers: dict[str, float]) -> dict[str, Any]:
+    """What a step's line says of a loss or gradient norm that is no finite number: nothing where both are finite.
+
+    Raises:
+        NonFinite: such a step is to end the run.
+    """
+    wrong = [name for name in ("loss", "grad_norm") if not math.isfinite(numbers[name])]
+    if not wrong:
+        return {}
+    ids = [run.dataset.records[row].id for row in phase.steps[facts["step"] - 1]]
+    if phase.training.on_nonfinite == "stop":
+        place = {name: facts[name] for name in ("phase", "phase_index", "step")}
+        write_whole(run.output / "nonfinite.json", json.dumps(place | {name: str(numbers[name]) for name in wrong} | {"ids": ids}) + "\n")
+        raise NonFinite(
+            f"phase {phase.phase.name}, step {facts['step']}: {wrong[0]} is {numbers[wrong[0]]}; rows of the batch: {', '.join(ids[:8])}"
+            + (f" and {len(ids) - 8} more, in '{run.output / 'nonfinite.json'}'" if ids[8:] else "")
+            + "; nothing of it was saved; a lower learning rate, other rows, or training.on_nonfinite skip would do"
+        )
+    return dict.fromkeys(wrong) | {"skipped": True, "ids": ids}
+
+
+def _outline(phase: PhasePlan) -> dict[str, Any]:
+    """A phase for plan.json, from which `status` tells how much is left."""
+    return {"name": phase.phase.name, "folder": phase.phase.folder, "index": phase.phase.index, "rows": len(phase.phase.rows), "steps": len(phase.steps)}
 
 
 def _facts(run: Run, phase: PhasePlan, step: int, before: int, batch: Any) -> dict[str, Any]:
@@ -326,67 +378,3 @@ def _due(run: Run, done: int, saved_at: float) -> bool:
     config = run.config.checkpoint
     by_steps = config.save_steps is not None and done % config.save_steps == 0
     return by_steps or (config.save_minutes is not None and time.monotonic() - saved_at >= 60 * config.save_minutes)
-
-
-@contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM, noted in a list for the loop to see between two steps; a second one changes nothing."""
-    seen: list[int] = []
-
-    def note(received: int, _: Any) -> None:
-        if not seen:
-            os.write(2, b"\nstopping once everything is saved\n")
-        seen.append(received)
-
-    try:
-        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: a caller that embeds us keeps its own handlers
-        old = {}
-    try:
-        yield seen
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-def _check_output(config: RunConfig) -> None:
-    """Refuse an output_dir that holds something else, or a run with settings that would give another result."""
-    if "://" in config.output_dir:
-        raise UserError(f"output_dir: '{config.output_dir}' is not a folder on a disk; a run writes to local folders only")
-    output = Path(config.output_dir).expanduser()
-    try:
-        _check_folder(config, output)
-    except OSError as error:
-        raise UserError(f"output_dir: cannot look into '{output}': {error.strerror}") from None
-
-
-def _check_folder(config: RunConfig, output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output_dir: '{output}' is a file; name a folder")
-    there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise UserError(f"output_dir: cannot write '{output}': '{there}' is not a folder that this user may write to")
-    saved = output / "config.yaml"
-    if not saved.exists():
-        if output.exists() and any(output.iterdir()):
-            raise UserError(f"output_dir: '{output}' is not empty and holds no run; name another folder")
-        return
-    for name in ("seed", "model", "data", "curriculum", "training", "mesh"):
-        then, now = ({name: tree[name]} for tree in (load(saved).model_dump(mode="json", by_alias=True), config.model_dump(mode="json", by_alias=True)))
-        for key in _differences(then, now):
-            was, is_now = (yaml.safe_dump(_at(tree, key), default_flow_style=True).split("\n")[0] for tree in (then, now))
-            raise UserError(f"{key}: the run in '{output}' was started with {was}, this is {is_now}; go back to that, or name another output_dir")
-
-
-def _differences(then: Any, now: Any, key: str = "") -> Iterator[str]:
-    if isinstance(then, dict) and isinstance(now, dict) and then.keys() == now.keys():
-        for name in then:
-            yield from _differences(then[name], now[name], f"{key}.{name}" if key else name)
-    elif then != now:
-        yield key
-
-
-def _at(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        tree = tree[part]
-    return tree

@@ -7,13 +7,14 @@ import importlib.util
 import json
 import time
 from pathlib import Path
-from typing import Any
-
-import jax
+from typing import TYPE_CHECKING, Any
 
 from phased_ift_jax.config import LoggingConfig
 from phased_ift_jax.files import write_whole
 from phased_ift_jax.records import UserError
+
+if TYPE_CHECKING:
+    import jax
 
 # peak bf16 FLOP/s of one chip, from the makers' data sheets
 PEAK_FLOPS = {
@@ -66,7 +67,7 @@ class MetricsLog:
             return
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        numbers = {name: value for name, value in line.items() if isinstance(value, int | float) and name != "global_step"}
+        numbers = {name: value for name, value in line.items() if isinstance(value, int | float) and not isinstance(value, bool) and name != "global_step"}
         if self._tensorboard:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, line["global_step"])

@@ -81,13 +81,18 @@ class Trainer:
 
     @cached_property
     def step(self) -> Callable[[TrainState, PackedBatch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-        """One optimizer step; the state's buffers are given up to the new state."""
+        """One optimizer step; the state's buffers are given up to the new state. With `on_nonfinite: skip` a step whose loss or gradient is
+        no finite number leaves the state as it was."""
 
         def step(state: TrainState, batch: PackedBatch, learning_rate: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
             loss, gradients = self._loss_and_gradients(state.params, batch)
+            norm = optax.global_norm(gradients)
             params, opt_state = apply(self.optimizer, state.params, state.opt_state, gradients, learning_rate)
-            metrics = {"learning_rate": learning_rate, "loss": loss, "grad_norm": optax.global_norm(gradients)}
-            return TrainState(params, opt_state), metrics
+            new = TrainState(params, opt_state)
+            if self.training.on_nonfinite == "skip":
+                finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+                new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+            return new, {"learning_rate": learning_rate, "loss": loss, "grad_norm": norm}
 
         return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, replicated(self.mesh)))
 

@@ -1,0 +1,75 @@
+"""The folder of a run: what may be in it when a run starts, and how it is put aside."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from phased_ift_jax.config import RunConfig, load
+from phased_ift_jax.files import LOCK, check_unheld
+from phased_ift_jax.records import UserError
+
+
+def begin_afresh(config: RunConfig) -> Path | None:
+    """Rename what lies in output_dir, so that a run starts at zero and nothing is lost; returns its new name, None where nothing was there.
+
+    Raises:
+        UserError: another process is at it, or it holds no run.
+    """
+    check_output(config, same_settings=False)
+    output = Path(config.output_dir).expanduser()
+    if not (output / "config.yaml").exists():
+        return None
+    aside = next(path for number in itertools.count(1) if not (path := output.with_name(f"{output.name}.{number}")).exists())
+    return output.rename(aside)
+
+
+def check_output(config: RunConfig, same_settings: bool = True) -> None:
+    """Refuse an output_dir that holds something else, is at another process's work, or holds a run with settings that would give another result."""
+    if "://" in config.output_dir:
+        raise UserError(f"output_dir: '{config.output_dir}' is not a folder on a disk; a run writes to local folders only")
+    output = Path(config.output_dir).expanduser()
+    try:
+        _check_folder(config, output, same_settings)
+    except OSError as error:
+        raise UserError(f"output_dir: cannot look into '{output}': {error.strerror}") from None
+
+
+def _check_folder(config: RunConfig, output: Path, same_settings: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output_dir: '{output}' is a file; name a folder")
+    there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise UserError(f"output_dir: cannot write '{output}': '{there}' is not a folder that this user may write to")
+    check_unheld(output)
+    saved = output / "config.yaml"
+    if not saved.exists():
+        if output.exists() and any(path.name != LOCK for path in output.iterdir()):
+            raise UserError(f"output_dir: '{output}' is not empty and holds no run; name another folder")
+        return
+    if not same_settings:
+        return
+    for name in ("seed", "model", "data", "curriculum", "training", "mesh"):
+        then, now = ({name: tree[name]} for tree in (load(saved).model_dump(mode="json", by_alias=True), config.model_dump(mode="json", by_alias=True)))
+        for key in _differences(then, now):
+            was, is_now = (yaml.safe_dump(_at(tree, key), default_flow_style=True).split("\n")[0] for tree in (then, now))
+            raise UserError(f"{key}: the run in '{output}' was started with {was}, this is {is_now}; go back to that, name another output_dir, or start again with --fresh")
+
+
+def _differences(then: Any, now: Any, key: str = "") -> Iterator[str]:
+    if isinstance(then, dict) and isinstance(now, dict) and then.keys() == now.keys():
+        for name in then:
+            yield from _differences(then[name], now[name], f"{key}.{name}" if key else name)
+    elif then != now:
+        yield key
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree[part]
+    return tree
