@@ -59,7 +59,7 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None)
         code = main(underscored(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except (UserError, Failure) as error:
-        for line in str(error).splitlines():
+        for line in [*str(error).splitlines(), *getattr(error, "__notes__", [])]:
             print(f"error: {line}", file=sys.stderr)
         code = 2 if isinstance(error, UserError) else 1
     except BrokenPipeError:  # the reader of our output has gone (`| head`); do not let Python complain at exit

@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +16,18 @@ from pathlib import Path
 from phased_ift_jax.records import UserError
 
 LOCK = ".lock"
+TRIES = 5
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file aside and rename it: whoever reads it sees the old text or the new one, never a part."""
     aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text, encoding="utf-8")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(aside, path)
+    settle(path.parent)
 
 
 def part_of(destination: Path) -> Path:
@@ -54,10 +60,10 @@ def building(destination: Path, marker: str) -> Iterator[Path]:
     try:
         yield aside
         for path in [*aside.rglob("*"), aside]:
-            _settle(path)
+            settle(path)
         (aside / marker).unlink()
         os.rename(aside, destination)
-        _settle(destination.parent)
+        settle(destination.parent)
     except Exception as error:
         if is_full(error):
             free = os.statvfs(destination.parent)
@@ -94,7 +100,7 @@ def _lock(folder: Path) -> int:
         os.close(handle)
 
 
-def _settle(path: Path) -> None:
+def settle(path: Path) -> None:
     """Have the disk hold a file or folder, so that a rename after it survives a power cut with all that it names."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -110,32 +116,52 @@ def sole_writer(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it; the line says which.
     """
-    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = -1
+    for attempt in range(TRIES):
+        try:
+            handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), os.stat(folder / LOCK)):  # else the folder was renamed meanwhile
+                break
+            os.close(handle)
+        except BlockingIOError:
+            holder = _holder(handle)
+            os.close(handle)
+            if attempt == TRIES - 1:
+                raise UserError(f"output_dir: {holder} is at work in '{folder}'; wait for it to end, or choose another output_dir") from None
+            time.sleep(0.2)  # it may be someone who only looked
+        except OSError as error:
+            print(f"warning: '{folder}' cannot be locked ({error.strerror}); see to it that no other process trains in it", file=sys.stderr)
+            break
     try:
-        _hold(handle, folder)
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}".encode())
+        if handle >= 0:
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S %Z')},".encode())
         yield
+    finally:
+        if handle >= 0:
+            os.close(handle)
+
+
+def holder_of(folder: Path) -> str | None:
+    """Which process holds a folder; None where none does, or where that cannot be found out."""
+    try:
+        handle = os.open(folder / LOCK, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return _holder(handle)
+    except OSError:
+        return None
     finally:
         os.close(handle)
 
 
-def check_unheld(folder: Path) -> None:
-    """Raise `UserError` where another process holds a folder; look only."""
-    if (folder / LOCK).exists():
-        handle = os.open(folder / LOCK, os.O_RDONLY)
-        try:
-            _hold(handle, folder)
-        finally:
-            os.close(handle)
-
-
-def _hold(handle: int, folder: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(handle, 200, 0).decode(errors="replace") or "another process"
-        raise UserError(f"output_dir: {holder}, is at work in '{folder}'; wait for it to end, or choose another output_dir") from None
+def _holder(handle: int) -> str:
+    return os.pread(handle, 200, 0).decode(errors="replace") or "another process"
 
 
 def is_full(error: BaseException) -> bool:

@@ -30,13 +30,14 @@ def main(argv: Sequence[str]) -> int:
         rows: list[list[object]] = [["phase", "rows", "steps", "done", "evaluated", "exported"]]
         rows += [[p["folder"], p["rows"], p["steps"], p["done"], "yes" if p["evaluated"] else "no", "yes" if p["exported"] else "no"] for p in facts["phases"]]
         print(cli.table(rows))
-        print(f"\nnewest whole checkpoint: {facts['checkpoint'] or 'none'}")
+        print(f"\nnewest checkpoint{'' if not args.verify else ', verified'}: {facts['checkpoint'] or 'none'}")
         if last := facts["last_step"]:
-            print(f"last step: {last['step']} of {last['phase']}, loss {last['loss']}, {last['seconds']:.3g} s")
-            print(f"left to train: about {timedelta(seconds=round(facts['seconds_left']))}")
+            print(f"last step: {last['step']} of {last['phase']}, loss {'none' if last['loss'] is None else format(last['loss'], '.4f')}, {last['seconds']:.3g} s")
+            if facts["seconds_left"]:
+                print(f"left to train: about {timedelta(seconds=round(facts['seconds_left']))}")
         if facts["skipped"]:
             print(f"steps left out for a loss or gradient that was no finite number: {facts['skipped']}")
-        print(f"a process is at work: {'yes' if facts['at_work'] else 'no'}")
+        print(f"at work: {facts['at_work'] or 'no process'}")
         print(f"the next start {facts['next_start']}")
         if args.verify and not facts["damaged"]:
             print("every file of every checkpoint is as it was saved")

@@ -30,12 +30,12 @@ def main(argv: Sequence[str]) -> int:
     from phased_ift_jax.training import loop  # jax and what it brings: not before the command line is known to be sound
     from phased_ift_jax.training.output import begin_afresh
 
-    if options.fresh and (before := begin_afresh(run_config)):
-        print(f"the run that was in '{run_config.output_dir}' is now in '{before}'", flush=True)
-    run = loop.prepare(run_config)
+    run = loop.prepare(run_config, options.fresh)
     steps = sum(len(phase.steps) for phase in run.plan.phases)
     if profile and profile[1] > steps:
         raise UserError(f"--profile: the run has {steps} steps, {profile[0]}:{profile[1]} goes beyond them")
+    if options.fresh and (before := begin_afresh(run_config)):
+        print(f"the run that was in '{run_config.output_dir}' is now in '{before}'", flush=True)
     print(describe(run), flush=True)
     matrix = ForgettingMatrix(run.output / "forgetting.json")
     last: loop.Evaluation | None = None
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         loop.train(run, report, matrix.__contains__, profile)
     except loop.Stopped:
-        print("stopped with everything saved; the same command goes on", flush=True)
+        print("stopped with everything saved; the same command" + (" without --fresh" if options.fresh else "") + " goes on", flush=True)
         return cli.STOPPED
     for measure, form in (("loss", ".3f"), ("exact_match", ".1%")):
         if rows := matrix.table(measure, form):

@@ -186,7 +186,7 @@ SHORT = {"curriculum.order": [1, 2], "training.num_train_epochs": 1, "data.eval_
 
 def test_output_dir_and_the_defaults_of_a_run(base, tmp_path):
     _, told = train(changed(base, SHORT | {"output_dir": str(tmp_path / "here")}))
-    written = {"checkpoints", "config.yaml", "forgetting.json", "hf", "metrics.jsonl", "plan.json", "quarantine.jsonl", "tensorboard", ".lock"}
+    written = {"checkpoints", "config.yaml", "forgetting.json", "hf", "metrics.jsonl", "newest_checkpoint", "plan.json", "quarantine.jsonl", "tensorboard", ".lock"}
     assert {path.name for path in (tmp_path / "here").iterdir()} == written
     assert not told["base"].answers
     assert len(list((tmp_path / "here/hf").iterdir())) == 2

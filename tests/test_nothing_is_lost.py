@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ import pytest
 from test_run import Crash, assert_same_result, crash_in_step, final_weights, make_config, metrics, rows, train, undisturbed  # noqa: F401
 
 from phased_ift_jax import cli
+from phased_ift_jax import config as config_module
 from phased_ift_jax import convert as convert_verb
 from phased_ift_jax import status as status_verb
 from phased_ift_jax import train as train_verb
@@ -45,7 +47,7 @@ def stopped(rows, undisturbed, tmp_path_factory) -> Path:  # noqa: F811
 
 
 def store_of(output: Path) -> Checkpoints:
-    facts = manifest.facts_of(sorted((output / "checkpoints/1-easy").iterdir())[0])
+    facts = next(facts for path in sorted((output / "checkpoints/1-easy").glob("[0-9]*")) if (facts := manifest.facts_of(path)))
     return Checkpoints(output / "checkpoints", facts["identity"], 2)
 
 
@@ -67,7 +69,7 @@ DAMAGE = {"truncated": truncate, "one bit flipped": flip, "zeroed": zero, "delet
 
 
 def all_files(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -80,12 +82,15 @@ def test_every_damage_to_every_file_is_found(stopped, tmp_path, damage):
     for file in files:
         run = shutil.copytree(stopped, tmp_path / "run")
         damaged = run / file.relative_to(stopped)
+        if damage != "deleted" and not damaged.stat().st_size:
+            shutil.rmtree(run)
+            continue
         DAMAGE[damage](damaged)
         store = store_of(run)
         assert store.newest()[1].relative_to(run) == before.relative_to(stopped), file
-        named = store.damaged or {run / newest.relative_to(stopped): "manifest.json"}  # without a manifest it is no checkpoint at all
-        assert list(named) == [run / newest.relative_to(stopped)]
-        assert damaged.name in named[run / newest.relative_to(stopped)]
+        assert list(store.damaged) == [run / newest.relative_to(stopped)]
+        assert damaged.name in store.damaged[run / newest.relative_to(stopped)]
+        assert str(run / newest.relative_to(stopped)) in status(run, verify=True)["damaged"]
         shutil.rmtree(run)
 
 
@@ -115,6 +120,81 @@ def test_no_whole_checkpoint_is_an_error_and_no_start_at_zero(stopped, rows, tmp
     assert (tmp_path / "run.1/metrics.jsonl").read_bytes() == weights
     assert not run.exists()
     assert output.begin_afresh(make_config(rows, run)) is None
+
+
+def crash_in_commit(monkeypatch, where: str, number: int) -> None:
+    """Stop the commit thread as a kill would, the given time that it comes to a place: no later line of it is run."""
+    calls = itertools.count(1)
+    real = getattr(shutil if where == "rmtree" else manifest, where)
+
+    def stop(*arguments, **options):
+        if next(calls) == number:
+            raise KeyboardInterrupt  # not an Exception: nothing of the commit's own handling runs
+        return real(*arguments, **options)
+
+    if where == "rmtree":
+        monkeypatch.setattr(checkpoint, "shutil", SimpleNamespace(rmtree=stop))
+    else:
+        monkeypatch.setattr(manifest, where, stop)
+
+
+@pytest.mark.parametrize(("where", "number"), [("seal", 1), ("seal", 3), ("unseal", 1), ("rmtree", 1)])
+def test_a_kill_in_a_commit_leaves_no_remains_and_no_damage(rows, undisturbed, tmp_path, monkeypatch, where, number):  # noqa: F811
+    """Between orbax's rename and the manifest (of the first save, too), before and within the removal of an old checkpoint: the run
+    started again goes on, says nothing of damage, and ends as if nothing had been."""
+    with monkeypatch.context() as patch:
+        crash_in_commit(patch, where, number)
+        with pytest.raises(KeyboardInterrupt):
+            train(make_config(rows, tmp_path / "run", checkpoint__save_steps=1))
+    assert status(tmp_path / "run")["damaged"] == {}
+    store = store_of_run(tmp_path / "run")
+    store.newest()
+    assert not store.damaged
+    train(make_config(rows, tmp_path / "run"))
+    assert_same_result(tmp_path / "run", undisturbed)
+    assert not list((tmp_path / "run/checkpoints").glob("*/.*"))
+    assert all(manifest.fault(path) is None for path in (tmp_path / "run/checkpoints").glob("*/*"))
+
+
+def store_of_run(run: Path) -> Checkpoints:
+    return Checkpoints(run / "checkpoints", loop.prepare(config_module.load(run / "config.yaml")).dataset.identity, 2)
+
+
+def test_a_file_that_the_disk_does_not_hold_is_no_checkpoint(rows, tmp_path, monkeypatch):  # noqa: F811
+    """An error at fsync, where delayed allocation and quotas say that the disk is full, fails the save; nothing older is removed."""
+    real, calls = os.fsync, itertools.count(1)
+
+    def fsync(handle):
+        if "/2/" in os.readlink(f"/proc/self/fd/{handle}") and next(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(SaveFailed, match="no space is left on the disk"):
+            train(make_config(rows, tmp_path / "run", checkpoint__save_steps=1))
+    assert store_of_run(tmp_path / "run").newest()[0].step == 1
+
+
+def test_damage_that_is_not_in_the_way_does_not_stop_a_run(stopped, rows, undisturbed, tmp_path):  # noqa: F811
+    """An earlier phase that is evaluated and exported is not needed any more; damage twice at one step is set aside twice."""
+    run = shutil.copytree(stopped, tmp_path / "run")
+    flip(max(all_files(run / "checkpoints/1-easy"), key=lambda file: file.stat().st_size))
+    newest = store_of_run(run).newest()[1]
+    flip(max(all_files(newest), key=lambda file: file.stat().st_size))
+    newest.with_name("damaged-4").mkdir()
+    (newest.with_name("damaged-4") / "file").touch()
+    train(make_config(rows, run))
+    assert newest.with_name("damaged-4.1").is_dir()
+    assert_same_result(run, undisturbed)
+
+
+def test_checkpoints_that_are_gone_are_no_fresh_start(stopped, rows, tmp_path):  # noqa: F811
+    """A disk that is not mounted: the folder of checkpoints is empty, though something was saved in it."""
+    run = shutil.copytree(stopped, tmp_path / "run", ignore=shutil.ignore_patterns("hf", "forgetting.json"))
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match="2-medium/4' was saved and is gone"):
+        train(make_config(rows, run))
 
 
 def test_an_export_of_a_damaged_checkpoint_is_refused(undisturbed, tmp_path):  # noqa: F811
@@ -174,6 +254,7 @@ def test_a_failed_save_stops_the_run_at_the_next_step(rows, undisturbed, tmp_pat
 HOLD = """
 import sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from phased_ift_jax.files import sole_writer
 with sole_writer(Path(sys.argv[1])):
     print("held", flush=True)
@@ -185,7 +266,9 @@ def test_one_process_trains_in_a_folder(rows, tmp_path, stopped):  # noqa: F811
     """A second one is told who is at it, before it reads anything; a process that was killed holds nothing."""
     run = shutil.copytree(stopped, tmp_path / "run")
     with sole_writer(run), pytest.raises(UserError, match=rf"process {os.getpid()} on .*, is at work in '{run}'"):
-        loop.prepare(make_config(rows, run))
+        loop.prepare(make_config(tmp_path / "no such file", run))
+    with sole_writer(run), pytest.raises(UserError, match=rf"process {os.getpid()} on .*, is at work in '{run}'"), sole_writer(run):
+        pass
     child = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"process {child.pid} on"):
@@ -228,13 +311,16 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_rows_named(rows, undistu
 
 
 def test_such_a_step_may_be_left_out_and_is_counted(rows, tmp_path, monkeypatch, capsys):  # noqa: F811
-    """With on_nonfinite: skip weights and moments stay as they were, and the line of that step says so."""
+    """With on_nonfinite: skip weights and moments stay as they were, and the line of that step says so; here it is the last of a phase."""
     config = make_config(rows, tmp_path / "run", data__eval_size=0, training__on_nonfinite="skip", logging__logging_steps=4)
-    poison(monkeypatch, 5)
+    last = len(loop.prepare(config).plan.phases[0].steps)
+    poison(monkeypatch, last)
     train(config)
+    assert f"| easy | {last} | 2 |" in (tmp_path / "run/hf/1-easy/README.md").read_text()
+    assert "| left out |" in (tmp_path / "run/hf/1-easy/README.md").read_text()
     assert all(np.isfinite(weight).all() for weight in final_weights(tmp_path / "run").values())
     [line] = [line for line in metrics(tmp_path / "run") if line.get("skipped")]
-    assert (line["phase"], line["step"], line["loss"], line["grad_norm"]) == ("easy", 5, None, None)
+    assert (line["phase"], line["step"], line["loss"], line["grad_norm"]) == ("easy", last, None, None)
     assert status(tmp_path / "run")["skipped"] == 1
 
 
@@ -308,14 +394,17 @@ def test_a_failure_inside_is_one_line_and_exit_code_1(capsys):
 
 
 def test_fresh_is_a_flag(rows, stopped, tmp_path, capsys, monkeypatch):  # noqa: F811
-    """--fresh renames the run that is there, whatever its settings were, and trains from zero."""
+    """--fresh renames the run that is there, whatever its settings were, once the new one is found sound; then it starts at zero."""
     run = shutil.copytree(stopped, tmp_path / "run")
     path = tmp_path / "config.yaml"
     path.write_text((run / "config.yaml").read_text())
+    with pytest.raises(UserError, match="no such file"):
+        train_verb.main([str(path), "--output_dir", str(run), "--seed", "8", "--fresh", "--data.path", "nowhere.jsonl"])
+    assert run.exists()
     seen = []
-    monkeypatch.setattr(loop, "prepare", lambda config: seen.append(config.seed) or (_ for _ in ()).throw(Crash))
+    monkeypatch.setattr(loop, "train", lambda run, *_: seen.append((run.config.seed, run.output.exists())) or (_ for _ in ()).throw(Crash))
     with pytest.raises(Crash):
         train_verb.main([str(path), "--output_dir", str(run), "--seed", "8", "--fresh"])
-    assert seen == [8]
+    assert seen == [(8, False)]
     assert f"is now in '{tmp_path / 'run.1'}'" in capsys.readouterr().out
     assert (tmp_path / "run.1/config.yaml").exists()

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import itertools
 import platform
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -21,13 +23,14 @@ from typing import Any, TypeVar
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from phased_ift_jax.files import is_full
+from phased_ift_jax.files import is_full, write_whole
 from phased_ift_jax.records import Failure, UserError
 from phased_ift_jax.sharding import owned
 from phased_ift_jax.training import manifest
 from phased_ift_jax.training.stored import saving_options
 
 Tree = TypeVar("Tree")
+NOTE = "newest_checkpoint"  # beside checkpoints/: what was saved last, so that a folder that is gone is no fresh start
 LIBRARIES = ("phased_ift_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
 
 
@@ -51,6 +54,7 @@ class Checkpoints:
     def __init__(self, root: Path, identity: str, keep: int, base: Path | None = None) -> None:
         """`base` is the folder whose config and tokenizer an export takes; it is noted with every save."""
         self.root, self.identity, self.keep, self.base = root, identity, keep, base
+        self._note = root.parent / NOTE
         self.damaged: dict[Path, str] = {}  # found so, and why
         self._sound: set[Path] = set()  # found to be as saved
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
@@ -66,23 +70,32 @@ class Checkpoints:
         Raises:
             UserError: it was made from other data (rows, scores or bins: its identity is another), or every checkpoint is damaged.
         """
+        for path in manifest.unreadable(self.root):
+            self._is_sound(path)
         for position, path in reversed(self.committed()):
             if self._is_sound(path):
                 if metadata_of(path)["identity"] != self.identity:
                     raise UserError(f"data.path: rows, scores or bins have changed since '{path}' was saved; restore them, or choose another output_dir")
                 return position, path
-        for path in sorted(self.root.glob("*/[0-9]*")):
-            if path.is_dir() and path.name.isdigit() and not self._is_sound(path):
-                raise UserError(f"output_dir: no whole checkpoint is left: in '{path}' {self.damaged[path]}; restore it, or start again with --fresh")
+        for path, fault in self.damaged.items():
+            raise UserError(f"output_dir: no whole checkpoint is left: in '{path}' {fault}; restore it, or start again with --fresh")
+        if self._note.exists():
+            raise UserError(f"output_dir: '{self._note.read_text(encoding='utf-8').strip()}' was saved and is gone; restore '{self.root}', or start again with --fresh")
         return None
 
     def set_aside(self) -> None:
-        """Rename what was found damaged, and remove what a save that was killed has left (orbax would do so only when the same step is saved)."""
+        """Rename what was found damaged, and remove what a save or a removal that was killed has left."""
         for path in self.damaged:
             if path.exists():
-                path.rename(path.with_name(f"damaged-{path.name}"))
+                names = itertools.chain([f"damaged-{path.name}"], (f"damaged-{path.name}.{number}" for number in itertools.count(1)))
+                path.rename(next(aside for name in names if not (aside := path.with_name(name)).exists()))
         for path in self.root.glob("*/*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(path)
+        for mark in self.root.glob(f"*/.*{manifest.UNDER_WAY}"):
+            path = mark.with_name(mark.name.removeprefix(".").removesuffix(manifest.UNDER_WAY))
+            if path.exists() and manifest.facts_of(path) is None:
+                shutil.rmtree(path)
+            mark.unlink()
 
     def of_phase(self, folder: str) -> Path | None:
         """The checkpoint that ended a phase, if it did.
@@ -105,6 +118,7 @@ class Checkpoints:
         path = self.root / folder / str(position.step)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            manifest.mark(path).touch()
             with saving_options():
                 saving = ocp.save_async(path.absolute(), tree, overwrite=True)
         except Exception as error:
@@ -127,9 +141,18 @@ class Checkpoints:
         try:
             saving.result()
             manifest.seal(path, facts)
+            manifest.mark(path).unlink()
+            write_whole(self._note, f"{path}\n")
         except Exception as error:
             raise _failed(path, error) from error
         self._sound.add(path)
+        try:
+            self._prune()
+        except OSError as error:  # the new one is whole; what is old goes with the next one
+            print(f"warning: an old checkpoint cannot be removed: {error}", file=sys.stderr)
+
+    def _prune(self) -> None:
+        """Remove what newer checkpoints have made old."""
         phases: dict[int, list[tuple[Position, Path]]] = {}
         for position, found in self.committed():
             phases.setdefault(position.phase, []).append((position, found))
@@ -137,8 +160,10 @@ class Checkpoints:
             ended = [found for position, found in of_phase if position.complete]
             within = [found for position, found in of_phase if not position.complete]
             for old in within if ended else within[: -self.keep]:
+                manifest.mark(old).touch()
                 manifest.unseal(old)
                 shutil.rmtree(old)
+                manifest.mark(old).unlink()
 
     def _is_sound(self, path: Path) -> bool:
         if path not in self._sound and path not in self.damaged:

@@ -26,7 +26,7 @@ from phased_ift_jax.files import building, clear, part_of, write_whole
 from phased_ift_jax.models import hf_weights
 from phased_ift_jax.models.hf_export import SOURCE, export
 from phased_ift_jax.models.hf_folder import CARD, CONVERSION, CONVERTED, Folder, open_folder
-from phased_ift_jax.models.tensor_files import CODES, ahead, reordered
+from phased_ift_jax.models.tensor_files import CODES, Tensors, ahead, reordered
 from phased_ift_jax.records import UserError
 from phased_ift_jax.training import manifest
 from phased_ift_jax.training.checkpoint import Checkpoints, metadata_of
@@ -110,6 +110,8 @@ def find(source: str, base: str | None = None) -> Source:
         raise UserError(f"'{source}' holds safetensors: it is a Hugging Face folder already")
     run, checkpoint = path.absolute().parent.parent.parent, path
     if (path / "checkpoints").is_dir():
+        if lost := manifest.unreadable(path / "checkpoints"):
+            raise UserError(f"'{lost[0]}' is damaged: its manifest is missing or damaged; name another checkpoint")
         ended = [found for position, found in Checkpoints(path / "checkpoints", "", 1).committed() if position.complete]
         if not ended:
             raise UserError(f"'{source}' has finished no phase; name a checkpoint in '{path / 'checkpoints'}', or train on")
@@ -175,6 +177,14 @@ def to_hf(source: Source, destination: Path, dtype: str | None = None, progress:
     return True
 
 
+def check_export(folder: Path) -> None:
+    """Raise `UserError` where the weights of an export are not what their headers and index say."""
+    try:
+        Tensors(folder)
+    except UserError:
+        raise UserError(f"'{folder}' is damaged: a file of its weights is missing or cut off; remove the folder, and the same command makes it again") from None
+
+
 def _texts(folder: Folder) -> list[Path]:
     """All of a model folder that goes with its weights."""
     return [folder.path / "config.json", *folder.beside(), *(path for path in [folder.path / CARD] if path.exists())]
@@ -182,7 +192,7 @@ def _texts(folder: Folder) -> list[Path]:
 
 def fingerprint(files: Iterable[Path], **facts: object) -> str:
     """What a conversion is made from, as a hash: of files their name, size and time of change. The 1 counts versions of what we make."""
-    listed = [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)]
+    listed = [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(file.absolute() for file in files)]
     return hashlib.sha256(json.dumps([1, listed, facts]).encode()).hexdigest()
 
 
@@ -198,10 +208,12 @@ def _is_there(destination: Path, name: str, source: str) -> bool:
         return False
     try:
         if json.loads((destination / name).read_text(encoding="utf-8"))["source"] == source:
+            if name == PROVENANCE:
+                check_export(destination)
             return True
     except (OSError, ValueError, KeyError, TypeError):
         pass  # something else, then
-    raise UserError(f"'{destination}' is there and was not made from this source as it is now; remove it, or name another folder")
+    raise UserError(f"'{destination}' is there, and was not made from this source as it is now in the way asked for; name another folder")
 
 
 def _check_space(destination: Path, needed: int) -> None:

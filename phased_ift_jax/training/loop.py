@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from phased_ift_jax.data.dataset import Dataset, write_quarantine
 from phased_ift_jax.data.dataset import prepare as prepare_data
 from phased_ift_jax.data.packing import choose_shapes
 from phased_ift_jax.data.tokenization import decode, load_tokenizer
-from phased_ift_jax.files import sole_writer, write_whole
+from phased_ift_jax.files import is_full, sole_writer, write_whole
 from phased_ift_jax.models import generation, hf_weights, hub
 from phased_ift_jax.models.attention import implementation
 from phased_ift_jax.models.decoder import Params
@@ -33,7 +34,7 @@ from phased_ift_jax.models.hf_folder import Folder, open_folder
 from phased_ift_jax.records import Failure, UserError
 from phased_ift_jax.sharding import batch_rows, make_mesh, put
 from phased_ift_jax.training import conversion
-from phased_ift_jax.training.checkpoint import Checkpoints, Position, load_arrays
+from phased_ift_jax.training.checkpoint import Checkpoints, Position, SaveFailed, load_arrays
 from phased_ift_jax.training.interrupts import stop_requests, watchdog
 from phased_ift_jax.training.metrics import MetricsLog, Rate, check_reporters, peak_flops
 from phased_ift_jax.training.output import check_output
@@ -118,7 +119,7 @@ class Run:
         return [(name, held) for name, held in rows if len(held)]
 
 
-def prepare(config: RunConfig) -> Run:
+def prepare(config: RunConfig, fresh: bool = False) -> Run:
     """Read and check everything that a run needs, and plan it. Writes nothing.
 
     Raises:
@@ -126,7 +127,7 @@ def prepare(config: RunConfig) -> Run:
     """
     if jax.process_count() > 1:
         raise UserError(f"mesh: {jax.process_count()} processes; a run uses the devices of one")
-    check_output(config)
+    check_output(config, same_settings=not fresh)
     check_reporters(config.logging)
     folder = open_folder(config.model.model_name_or_path, config.model.revision, weights=config.model.init == "pretrained")
     if config.model.init == "pretrained" and folder.converted:
@@ -152,7 +153,13 @@ def train(run: Run, report: Callable[[str, Evaluation], None], reported: Callabl
     """
     run.output.mkdir(parents=True, exist_ok=True)
     with sole_writer(run.output), watchdog(run.config.logging.hang_minutes) as alive:
-        _train(run, report, reported, profile, alive)
+        check_output(run.config, look=False)  # again: another process may have been here since `prepare`
+        try:
+            _train(run, report, reported, profile, alive)
+        except OSError as error:
+            if is_full(error):
+                raise Failure(f"no space is left for '{run.output}': {error}; make room, then the same command goes on") from error
+            raise
 
 
 def _train(run: Run, report: Callable[[str, Evaluation], None], reported: Callable[[str], bool], profile: tuple[int, int] | None, alive: Callable[[], None]) -> None:
@@ -172,22 +179,29 @@ def _train(run: Run, report: Callable[[str, Evaluation], None], reported: Callab
     log = MetricsLog(run.output, run.config.logging, (position.phase, position.step), run.config.model_dump(mode="json"))
     try:
         with stop_requests() as stop:
-            if run.held_out and not reported("base"):
-                report("base", evaluate(run, run.base_params()))
-            for phase in run.plan.phases:
-                trainer = run.trainer(phase)
-                done = (phase.phase.index, True) <= (position.phase, position.complete)
-                if stop:
-                    raise Stopped
-                if not done:
-                    state, start = _begin(run, phase, trainer, store, position)
-                    _train_phase(run, phase, trainer, state, start, store, log, stop, profile, alive)
-                    del state
-                if stop:
-                    raise Stopped
-                _finish_phase(run, phase, trainer, store, report, reported)
+            try:
+                if run.held_out and not reported("base"):
+                    report("base", evaluate(run, run.base_params()))
+                for phase in run.plan.phases:
+                    trainer = run.trainer(phase)
+                    done = (phase.phase.index, True) <= (position.phase, position.complete)
+                    if stop:
+                        raise Stopped
+                    if not done:
+                        state, start = _begin(run, phase, trainer, store, position)
+                        _train_phase(run, phase, trainer, state, start, store, log, stop, profile, alive)
+                        del state
+                    if stop:
+                        raise Stopped
+                    _finish_phase(run, phase, trainer, store, report, reported)
+            except BaseException as error:
+                try:
+                    store.wait()
+                except SaveFailed as failed:
+                    error.add_note(str(failed))
+                raise
+            store.wait()
     finally:
-        store.wait()
         log.close()
 
 
@@ -320,8 +334,13 @@ def _finish_phase(run: Run, phase: PhasePlan, trainer: Trainer, store: Checkpoin
     last = phase.phase.index == len(run.plan.phases)
     export = (last or run.config.export.after_each_phase) and not destination.exists()
     measure = bool(run.held_out) and not reported(phase.phase.folder)
+    if destination.exists():
+        conversion.check_export(destination)
+    if not (measure or export):
+        return
     path = store.of_phase(phase.phase.folder)
-    assert path is not None, "a phase ends with a checkpoint"
+    if path is None:
+        raise UserError(f"output_dir: the checkpoint at the end of {phase.phase.folder} is gone, from which it is to be evaluated or exported; restore it, or start with --fresh")
     if measure:
         params = load_arrays(path, {"params": trainer.shapes.params}, {"params": trainer.shardings.params})["params"]
         report(phase.phase.folder, evaluate(run, params))
@@ -339,14 +358,14 @@ def _not_finite(run: Run, phase: PhasePlan, facts: dict[str, Any], numbers: dict
     wrong = [name for name in ("loss", "grad_norm") if not math.isfinite(numbers[name])]
     if not wrong:
         return {}
-    ids = [run.dataset.records[row].id for row in phase.steps[facts["step"] - 1]]
+    ids = [reprlib.repr(run.dataset.records[row].id)[1:-1] for row in phase.steps[facts["step"] - 1]]
     if phase.training.on_nonfinite == "stop":
         place = {name: facts[name] for name in ("phase", "phase_index", "step")}
         write_whole(run.output / "nonfinite.json", json.dumps(place | {name: str(numbers[name]) for name in wrong} | {"ids": ids}) + "\n")
         raise NonFinite(
             f"phase {phase.phase.name}, step {facts['step']}: {wrong[0]} is {numbers[wrong[0]]}; rows of the batch: {', '.join(ids[:8])}"
             + (f" and {len(ids) - 8} more, in '{run.output / 'nonfinite.json'}'" if ids[8:] else "")
-            + "; nothing of it was saved; a lower learning rate, other rows, or training.on_nonfinite skip would do"
+            + "; nothing of it was saved; in another output_dir or with --fresh, a lower learning rate, other rows or training.on_nonfinite skip would do"
         )
     return dict.fromkeys(wrong) | {"skipped": True, "ids": ids}
 

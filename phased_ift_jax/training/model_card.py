@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from phased_ift_jax import config
+from phased_ift_jax.models import hub
 from phased_ift_jax.models.hf_folder import CARD, Folder
 from phased_ift_jax.records import UserError
 from phased_ift_jax.training.checkpoint import metadata_of
@@ -36,17 +37,33 @@ def provenance(run: Path, checkpoint: Path, base: Folder) -> dict[str, Any]:
     for line in whole_lines(run / "metrics.jsonl"):
         if (line["phase_index"], line["step"]) <= (saved["phase"], saved["step"]):
             trained[line["phase"]] = {name: line[name] for name in ("phase", "step", "epoch", "learning_rate", "loss")}
+    name = settings.model.model_name_or_path
+    on_hub = hub.is_name(name) and not str(saved.get("base")).endswith(name)  # else it was a folder of that name
+    shown = _without_folders(settings.model_dump(mode="json", by_alias=True))
     return {
-        "base": {"name": settings.model.model_name_or_path, "revision": settings.model.revision, "init": settings.model.init},
+        "base": {"name": shown["model"]["model_name_or_path"], "revision": settings.model.revision, "init": settings.model.init, "on_hub": on_hub},
         "base_license": license_of(base),
-        "data": {"path": settings.data.path, "license": settings.export.data_license, "sha256": saved["identity"]},
+        "data": {"path": shown["data"]["path"], "license": settings.export.data_license, "sha256": saved["identity"]},
         "arm": settings.curriculum.arm,
         "checkpoint": {name: saved[name] for name in ("phase", "step", "epoch", "complete")} | {"folder": phase},
         "trained": list(trained.values()),
         "held_out": rows[: until + 1],
         "versions": saved.get("versions", {}),
-        "settings": settings.model_dump(mode="json", by_alias=True),
+        "settings": shown,
     }
+
+
+def _without_folders(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without the folders of one's own machine, which are nobody else's business."""
+
+    def bare(path: str) -> str:
+        return Path(path).name if Path(path).is_absolute() else path
+
+    paths = settings["data"]["path"]
+    settings["output_dir"] = bare(settings["output_dir"])
+    settings["model"]["model_name_or_path"] = bare(settings["model"]["model_name_or_path"])
+    settings["data"]["path"] = bare(paths) if isinstance(paths, str) else [bare(path) for path in paths]
+    return settings
 
 
 def license_of(folder: Folder) -> dict[str, str]:
@@ -66,13 +83,12 @@ def license_of(folder: Folder) -> dict[str, str]:
 def card(facts: dict[str, Any]) -> str:
     """A model card with the facts of `provenance`."""
     base, data, settings, terms = facts["base"], facts["data"], facts["settings"], facts["base_license"]
-    on_hub = base["name"].count("/") == 1 and not Path(base["name"]).exists()
     front = (terms or {"license": "other"}) | {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["phased_ift_jax", "instruction-tuning"],
-    } | ({"base_model": base["name"]} if on_hub else {})
-    shown = base["name"] if on_hub else Path(base["name"]).name
+    } | ({"base_model": base["name"]} if base["on_hub"] else {})
+    shown = base["name"] if base["on_hub"] else Path(base["name"]).name
     paths = [data["path"]] if isinstance(data["path"], str) else data["path"]
     place = facts["checkpoint"]
     lines = [
@@ -82,7 +98,9 @@ def card(facts: dict[str, Any]) -> str:
         + (f"random weights of the sizes of {shown}" if base["init"] == "random" else shown)
         + f" (arm `{facts['arm']}`, checkpoint `{place['folder']}` at step {place['step']}{'' if place['complete'] else ', within the phase'}).",
         "",
-        f"- Base: {shown}{' @ ' + base['revision'] if base['revision'] else ''}, licence: "
+        "- Base: none; the weights were drawn at random."
+        if base["init"] == "random"
+        else f"- Base: {shown}{' @ ' + base['revision'] if base['revision'] else ''}, licence: "
         f"{terms.get('license_name') or terms.get('license') or 'not stated by its card'}; its terms hold for this model, too.",
         f"- Data: {', '.join(Path(path).name if '://' not in path else path for path in paths)}, licence: {data['license'] or 'not stated (export.data_license)'}; "
         f"identity of the rows, scores and bins: `{data['sha256']}`.",
@@ -90,7 +108,10 @@ def card(facts: dict[str, Any]) -> str:
         "",
         "| phase | steps | epochs | last learning rate | last training loss |",
         "|---|---|---|---|---|",
-        *(f"| {row['phase']} | {row['step']} | {row['epoch']:g} | {row['learning_rate']:.3g} | {row['loss']:.4f} |" for row in facts["trained"]),
+        *(
+            f"| {row['phase']} | {row['step']} | {row['epoch']:g} | {row['learning_rate']:.3g} | {'left out' if row['loss'] is None else format(row['loss'], '.4f')} |"
+            for row in facts["trained"]
+        ),
     ]
     for measure, form in (("loss", ".3f"), ("exact_match", ".1%")):
         rows = [row for row in facts["held_out"] if row.get(measure)]

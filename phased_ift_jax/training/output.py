@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from phased_ift_jax.config import RunConfig, load
-from phased_ift_jax.files import LOCK, check_unheld
+from phased_ift_jax.files import LOCK, holder_of, sole_writer
 from phased_ift_jax.records import UserError
 
 
@@ -21,35 +21,40 @@ def begin_afresh(config: RunConfig) -> Path | None:
     Raises:
         UserError: another process is at it, or it holds no run.
     """
-    check_output(config, same_settings=False)
     output = Path(config.output_dir).expanduser()
     if not (output / "config.yaml").exists():
         return None
+    output = output.resolve()
     aside = next(path for number in itertools.count(1) if not (path := output.with_name(f"{output.name}.{number}")).exists())
-    return output.rename(aside)
+    try:
+        with sole_writer(output):
+            return output.rename(aside)
+    except OSError as error:
+        raise UserError(f"output_dir: cannot rename '{output}' to '{aside}': {error.strerror}; choose another output_dir") from None
 
 
-def check_output(config: RunConfig, same_settings: bool = True) -> None:
+def check_output(config: RunConfig, same_settings: bool = True, look: bool = True) -> None:
     """Refuse an output_dir that holds something else, is at another process's work, or holds a run with settings that would give another result."""
     if "://" in config.output_dir:
         raise UserError(f"output_dir: '{config.output_dir}' is not a folder on a disk; a run writes to local folders only")
     output = Path(config.output_dir).expanduser()
     try:
-        _check_folder(config, output, same_settings)
+        _check_folder(config, output, same_settings, look)
     except OSError as error:
         raise UserError(f"output_dir: cannot look into '{output}': {error.strerror}") from None
 
 
-def _check_folder(config: RunConfig, output: Path, same_settings: bool) -> None:
+def _check_folder(config: RunConfig, output: Path, same_settings: bool, look: bool) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"output_dir: '{output}' is a file; name a folder")
     there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise UserError(f"output_dir: cannot write '{output}': '{there}' is not a folder that this user may write to")
-    check_unheld(output)
+    if look and (holder := holder_of(output)):
+        raise UserError(f"output_dir: {holder} is at work in '{output}'; wait for it to end, or choose another output_dir")
     saved = output / "config.yaml"
     if not saved.exists():
-        if output.exists() and any(path.name != LOCK for path in output.iterdir()):
+        if output.exists() and any(path.name not in (LOCK, ".config.yaml.part") for path in output.iterdir()):
             raise UserError(f"output_dir: '{output}' is not empty and holds no run; name another folder")
         return
     if not same_settings:

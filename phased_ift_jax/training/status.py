@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from phased_ift_jax.files import check_unheld
+from phased_ift_jax.files import holder_of
 from phased_ift_jax.records import UserError
 from phased_ift_jax.training import manifest
 from phased_ift_jax.training.metrics import whole_lines
@@ -28,16 +28,20 @@ def status(run: Path, verify: bool = False) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"'{run}' holds no run that was started (no plan.json); give the output_dir of one") from None
     found = sorted((facts["phase"], facts["step"], path) for path in (run / "checkpoints").glob("*/[0-9]*") if (facts := manifest.facts_of(path)))
-    damaged = {str(path): fault for *_, path in found if (fault := manifest.fault(path))} if verify else {}
+    damaged = {str(path): "its manifest is missing or damaged" for path in manifest.unreadable(run / "checkpoints")}
+    if verify:
+        faults = {path: manifest.fault(path) for *_, path in found}
+        # one that a run at work has removed meanwhile has no manifest any more
+        damaged |= {str(path): fault for path, fault in faults.items() if fault and manifest.facts_of(path)}
     newest = next(((phase, step, path) for phase, step, path in reversed(found) if str(path) not in damaged), None)
     lines = whole_lines(run / "metrics.jsonl")
     evaluated = {row["after"] for row in _forgetting(run)}
-    done = [_done(phase, newest, phases) for phase in phases]
+    done = [_done(phase, newest) for phase in phases]
     seconds = statistics.median([line["seconds"] for line in lines[-RECENT:]]) if lines else None
     left = sum(phase["steps"] - steps for phase, steps in zip(phases, done, strict=True))
     return {
         "run": str(run),
-        "at_work": _holder(run),
+        "at_work": holder_of(run),
         "phases": [
             phase | {"done": steps, "evaluated": phase["folder"] in evaluated, "exported": (run / "hf" / phase["folder"]).is_dir()}
             for phase, steps in zip(phases, done, strict=True)
@@ -46,12 +50,12 @@ def status(run: Path, verify: bool = False) -> dict[str, Any]:
         "last_step": {name: lines[-1].get(name) for name in ("phase", "step", "loss", "seconds")} if lines else None,
         "skipped": sum(bool(line.get("skipped")) for line in lines),
         "seconds_left": None if seconds is None else seconds * left,
-        "next_start": _next(phases, done, newest, run),
+        "next_start": _next(phases, done, newest, run) if newest or not damaged else "finds no whole checkpoint, and refuses",
         "damaged": damaged,
     }
 
 
-def _done(phase: dict[str, Any], newest: tuple[int, int, Path] | None, phases: list[dict[str, Any]]) -> int:
+def _done(phase: dict[str, Any], newest: tuple[int, int, Path] | None) -> int:
     """Steps of a phase that need not be trained again."""
     if newest is None or phase["index"] > newest[0]:
         return 0
@@ -74,11 +78,3 @@ def _forgetting(run: Path) -> list[dict[str, Any]]:
         return list(json.loads((run / "forgetting.json").read_text(encoding="utf-8"))["rows"])
     except (OSError, ValueError, KeyError, TypeError):
         return []
-
-
-def _holder(run: Path) -> bool:
-    try:
-        check_unheld(run)
-    except UserError:
-        return True
-    return False
