@@ -337,7 +337,7 @@ def test_a_run_is_not_continued_with_other_data_or_other_scores(rows, undisturbe
 def test_results_without_a_checkpoint_are_no_silent_start_at_zero(rows, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints")
-    with pytest.raises(UserError, match="holds results but no whole checkpoint"):
+    with pytest.raises(UserError, match="was saved and is gone"):
         train(make_config(rows, tmp_path / "run"))
 
 
