@@ -127,6 +127,7 @@ def load(folder: Folder, shardings: Any, dtype: Any, done: Callable[[int], objec
     """
     tensors, dtype = check(folder), jnp.dtype(dtype)
     leaves = {}
+    _trim()
     # first what is copied whole, then the largest layers: the less room is left, the less is in flight
     for weight in sorted(weights(folder), key=lambda weight: (weight.stacked, -math.prod(weight.each))):
         sharding: NamedSharding = get(shardings, weight.path)
@@ -149,18 +150,17 @@ def load(folder: Folder, shardings: Any, dtype: Any, done: Callable[[int], objec
 
 
 def _part(tensors: Tensors, weight: Weight, name: str, sharding: NamedSharding, dtype: np.dtype) -> jax.Array:
-    """One tensor of a weight in our dims, each device's slice read from the file, and read once where several devices hold it."""
-    held: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
-
-    def piece(index: Index | None) -> np.ndarray:
-        assert index is not None, "jax asks for slices of every dim"
-        cut = tuple(part.indices(size)[:2] for part, size in zip(index, weight.each, strict=True))
-        if cut not in held:
-            theirs = tensors.read(name, weight.layout.their_index(index, weight.each))
-            held[cut] = reordered(weight.layout.to_ours(theirs, tuple(stop - start for start, stop in cut)), dtype)
-        return held[cut]
-
-    return jax.make_array_from_callback(weight.each, sharding, piece)
+    """One tensor of a weight in our dims: each slice read once from the file, for all devices that hold it, and gone from the host with the next."""
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(weight.each).items():
+        assert index is not None, "jax says which slice of every dim"
+        holders.setdefault(tuple(part.indices(size)[:2] for part, size in zip(index, weight.each, strict=True)), []).append(device)
+    pieces = []
+    for cut, devices in holders.items():
+        theirs = tensors.read(name, weight.layout.their_index(tuple(slice(*part) for part in cut), weight.each))
+        ours = reordered(weight.layout.to_ours(theirs, tuple(stop - start for start, stop in cut)), dtype)
+        pieces += [jax.device_put(ours, device).block_until_ready() for device in devices]
+    return jax.make_array_from_single_device_arrays(weight.each, sharding, pieces)
 
 
 def _trim() -> None:
