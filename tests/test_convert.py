@@ -486,16 +486,22 @@ def test_killed_at_ten_random_moments_and_run_again(way: str, tmp_path: Path) ->
         assert contents(tmp_path / "back") == contents(base)
 
 
+def sources_of(way: str, bases: list[Path]) -> list[Path]:
+    """What a conversion of these bases starts from: the bases themselves, or what from-hf makes of them."""
+    if way == "from-hf":
+        return bases
+    sources = [base.with_name(f"{base.name}-ours") for base in bases]
+    for base, source in zip(bases, sources, strict=True):
+        run("from-hf", base, source)
+    return sources
+
+
 @pytest.mark.parametrize("way", ["from-hf", "to-hf"])
 def test_a_part_of_another_source_is_not_used(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: where the source has changed since a call was stopped, nothing of that call is in the result; where not, what was whole is kept."""
     monkeypatch.setattr(tensor_files, "SHARD_BYTES", 10_000)
     bases = [make_model(tmp_path / f"base{seed}", seed=seed) for seed in (0, 1)]
-    sources = bases
-    if way == "to-hf":
-        sources = [tmp_path / f"ours{seed}" for seed in (0, 1)]
-        for base, source in zip(bases, sources, strict=True):
-            run("from-hf", base, source)
+    sources = sources_of(way, bases)
 
     class Stop(Exception):
         pass
@@ -536,11 +542,7 @@ def test_stopped_in_clearing_or_in_settling(way: str, tmp_path: Path, monkeypatc
     """Law: stopped while the part of another source is being cleared away, nothing of it is used; stopped while the finished part is
     being settled on the disk, nothing is made again."""
     bases = [make_model(tmp_path / f"base{seed}", seed=seed) for seed in (0, 1)]
-    sources = bases
-    if way == "to-hf":
-        sources = [tmp_path / f"ours{seed}" for seed in (0, 1)]
-        for base, source in zip(bases, sources, strict=True):
-            run("from-hf", base, source)
+    sources = sources_of(way, bases)
     out, part = tmp_path / "out", tmp_path / ".out.part"
 
     class Stop(Exception):

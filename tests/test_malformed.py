@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from malformed.files import CHAT, FILES, IDS, LINES, PHASES, arrow_columns, bins, csv_of, parquet_of
 from malformed.rows import GOOD, ROOT, ROWS, TRIPLE, but, jsonl
+from test_run import MICRO
 
 from phased_ift_jax import cli, train
 from phased_ift_jax.data.readers import read
@@ -32,12 +33,9 @@ from phased_ift_jax.records import UserError
 from phased_ift_jax.training import loop
 
 BEFORE = 20  # good rows before the bad one
-CONFIG = {
-    "seed": 7,
-    "model": {"model_name_or_path": str(ROOT / "configs/quickstart/model"), "init": "random", "dtype": "float32"},
-    "data": {"max_length": 64, "eval_size": 2},
-    "curriculum": {"bins": {"by": "score", "thresholds": [1.5, 3.5], "names": ["easy", "medium", "hard"]}},
-    "training": {"num_train_epochs": 1, "global_batch_size": 8, "learning_rate": 1e-3},
+CONFIG = MICRO | {
+    "data": MICRO["data"] | {"eval_size": 2},
+    "training": MICRO["training"] | {"num_train_epochs": 1},
     "checkpoint": {"save_minutes": None},
     "logging": {"report_to": []},
 }

@@ -119,11 +119,11 @@ def check_shapes(folder: Folder, shapes: Mapping[str, tuple[int, ...]]) -> None:
             raise UserError(f"model.model_name_or_path: {name} has shape {shapes[name]}, config.json says {wanted}")
 
 
-def load(folder: Folder, shardings: Any, dtype: Any, done: Callable[[int], object] = lambda size: None) -> Params:
+def load(folder: Folder, shardings: Any, dtype: Any) -> Params:
     """The checkpoint's parameters in `dtype`, each filled layer by layer under its sharding; raises `UserError` as `check` does.
 
     A host reads its own slices only, once each, and holds one layer's part of one parameter beside what it has loaded. The buffers are
-    XLA's own, so that the first train step may reuse them. `done` is told the bytes of each part loaded.
+    XLA's own, so that the first train step may reuse them.
     """
     tensors, dtype = check(folder), jnp.dtype(dtype)
     leaves = {}
@@ -140,12 +140,10 @@ def load(folder: Folder, shardings: Any, dtype: Any, done: Callable[[int], objec
                 # waiting for each keeps parts from piling up behind the transfers
                 whole = put(whole, _part(tensors, weight, name, inner, dtype), layer).block_until_ready()
                 _trim()
-                done(math.prod(weight.each) * dtype.itemsize)
             leaves[weight.path] = whole
         else:
             leaves[weight.path] = owned(_part(tensors, weight, weight.names[0], sharding, dtype), sharding)
             _trim()
-            done(leaves[weight.path].nbytes)
     return tree(leaves)
 
 

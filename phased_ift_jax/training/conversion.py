@@ -116,16 +116,16 @@ def find(source: str, base: str | None = None) -> Source:
         if not ended:
             raise UserError(f"'{source}' has finished no phase; name a checkpoint in '{path / 'checkpoints'}', or train on")
         run, checkpoint = path, ended[-1]
-    if (run / "config.yaml").exists() and base is None:
-        began_with = metadata_of(checkpoint).get("base")
-        if began_with is None or not Path(began_with).is_dir():
-            raise UserError(f"'{source}' was trained from '{began_with}', which is not there any more; say with --base where that model is")
-        return Source(checkpoint, open_folder(began_with, weights=False), run)
-    if (run / "config.yaml").exists() and base is not None:
-        return Source(checkpoint, open_folder(base, weights=False), run)
+    in_run = (run / "config.yaml").exists()
+    if in_run and base is None:
+        base = metadata_of(checkpoint).get("base")
+        if base is None or not Path(base).is_dir():
+            raise UserError(f"'{source}' was trained from '{base}', which is not there any more; say with --base where that model is")
     if base is None:
-        raise UserError(f"'{source}' lies in no run; name the Hugging Face model that it was trained from with --base")
-    return Source(checkpoint, open_folder(base, weights=False), None)
+        within = next((folder for folder in path.absolute().parents if (folder / "config.yaml").exists() and (folder / "checkpoints").is_dir()), None)
+        advice = f"name the run, '{within}', or one of its checkpoints, such as {within / 'checkpoints/3-hard/1200'}" if within else "name its Hugging Face model with --base"
+        raise UserError(f"'{source}' is no checkpoint of a run; {advice}")
+    return Source(checkpoint, open_folder(base, weights=False), run if in_run else None)
 
 
 def check(source: Source) -> Stored:
