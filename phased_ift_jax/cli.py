@@ -10,6 +10,7 @@ import argparse
 import difflib
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +25,6 @@ VERBS = {
     "inspect": "what a model is and whether it can be trained, without loading it",
     "fetch": "download scored Alpaca, raw Alpaca or the test sets",
 }
-STOPPED = 75
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,7 +54,7 @@ def table(rows: Sequence[Sequence[object]]) -> str:
 
 
 def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a verb and leave the process with its exit code."""
+    """Run a verb and leave the process with its exit code; without `argv` the process is the verb's, with the words that it was started with."""
     try:
         code = main(underscored(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -68,6 +68,9 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         code = 130
+    if argv is None:
+        for number in (signal.SIGINT, signal.SIGTERM):  # the verb has ended, and how it did stands: Python's own end is no part of it
+            signal.signal(number, signal.SIG_IGN)
     raise SystemExit(code)
 
 
@@ -84,5 +87,5 @@ def main() -> NoReturn:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         print(f"error: unknown verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(VERBS)}"), file=sys.stderr)
         raise SystemExit(2)
-    sys.argv[0] = str(Path(sys.argv[0]).with_name(f"phased-ift {verb}"))
-    run(importlib.import_module(f"phased_ift_jax.{verb}").main, rest)
+    sys.argv = [str(Path(sys.argv[0]).with_name(f"phased-ift {verb}")), *rest]
+    run(importlib.import_module(f"phased_ift_jax.{verb}").main)

@@ -10,60 +10,79 @@ import difflib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from phased_ift_jax import cli, config
+from phased_ift_jax import cli, processes
+from phased_ift_jax.interrupts import STOPPED, Stop, Stopped, listening
 from phased_ift_jax.records import UserError
 
 if TYPE_CHECKING:
+    from phased_ift_jax.config import RunConfig
+    from phased_ift_jax.evaluation.forgetting import ForgettingMatrix
+    from phased_ift_jax.training.held_out import Evaluation
     from phased_ift_jax.training.loop import Run
 
 
 def main(argv: Sequence[str]) -> int:
     """Parse, prepare, print the plan, train, print what was learnt and forgotten."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(argv)
-    _refuse_unknown(parser, rest)
-    overrides = [(key, value) for key, value in vars(options).items() if key not in ("config", "profile", "fresh")]
-    run_config = config.load(options.config, overrides)
-    profile = _profile(options.profile)
+    processes.supervise()
+    try:
+        with listening() as stop:  # before anything heavy is imported: a machine may be taken away at once
+            run_config, fresh, profile = _parse(argv)
+            with processes.joined(stop):
+                _train(run_config, fresh, profile, stop)
+    except Stopped:
+        print(stop.farewell, flush=True)
+        return STOPPED
+    return 0
 
-    from phased_ift_jax.evaluation.forgetting import ForgettingMatrix, exact_match
+
+def _train(run_config: RunConfig, fresh: bool, profile: tuple[int, int] | None, stop: Stop) -> None:
+    from phased_ift_jax.evaluation.forgetting import ForgettingMatrix
     from phased_ift_jax.training import loop  # jax and what it brings: not before the command line is known to be sound
     from phased_ift_jax.training.output import begin_afresh
 
-    run = loop.prepare(run_config, options.fresh)
+    run = loop.prepare(run_config, fresh)
     steps = sum(len(phase.steps) for phase in run.plan.phases)
     if profile and profile[1] > steps:
         raise UserError(f"--profile: the run has {steps} steps, {profile[0]}:{profile[1]} goes beyond them")
-    if options.fresh and (before := begin_afresh(run_config)):
-        print(f"the run that was in '{run_config.output_dir}' is now in '{before}'", flush=True)
+    if fresh:
+        if before := processes.agree(lambda: str(begin_afresh(run_config) or "")):
+            print(f"the run that was in '{run_config.output_dir}' is now in '{before}'", flush=True)
+        stop.farewell = "stopped with everything saved; the same command without --fresh goes on"
     print(describe(run), flush=True)
-    matrix = ForgettingMatrix(run.output / "forgetting.json")
-    last: loop.Evaluation | None = None
+    results = Results(ForgettingMatrix(run.output / "forgetting.json"))
+    loop.train(run, results, stop, profile)
+    for measure, form in (("loss", ".3f"), ("exact_match", ".1%")):
+        if rows := results.matrix.table(measure, form):
+            print("\n" + cli.table(rows))
+    for name, answers in results.last.answers.items() if results.last else ():
+        for answer in answers[: run_config.evaluation.show_answers]:
+            print(f"\n{name}: {answer.prompt}\n  expected {answer.response!r}\n  answered {answer.answer!r}")
+    print(f"\ndone: {run.last_export} loads with transformers.AutoModelForCausalLM", flush=True)
+    if address := processes.agree(lambda: loop.publish(run)):
+        print(f"uploaded: {address}")
 
-    def report(after: str, evaluation: loop.Evaluation) -> None:
-        nonlocal last
-        last = evaluation
+
+class Results:
+    """The forgetting matrix of a run, and what is said when a row is added; `last` is what was measured last."""
+
+    def __init__(self, matrix: ForgettingMatrix) -> None:
+        self.matrix = matrix
+        self.last: Evaluation | None = None
+
+    def __contains__(self, after: object) -> bool:
+        return after in self.matrix
+
+    def add(self, after: str, evaluation: Evaluation) -> None:
+        from phased_ift_jax.evaluation.forgetting import exact_match
+
+        self.last = evaluation
         matches = {name: exact_match([(a.response, a.answer) for a in answers]) for name, answers in evaluation.answers.items()}
-        matrix.add(after, loss=evaluation.losses, exact_match=matches)
+        self.matrix.add(after, loss=evaluation.losses, exact_match=matches)
         shown = [f"{name} {loss:.3f}" + (f" ({matches[name]:.0%} right)" if matches else "") for name, loss in evaluation.losses.items()]
         print(f"{'before training' if after == 'base' else f'after {after}'}, held-out loss: {', '.join(shown)}", flush=True)
 
-    try:
-        loop.train(run, report, matrix.__contains__, profile)
-    except loop.Stopped:
-        print("stopped with everything saved; the same command" + (" without --fresh" if options.fresh else "") + " goes on", flush=True)
-        return cli.STOPPED
-    for measure, form in (("loss", ".3f"), ("exact_match", ".1%")):
-        if rows := matrix.table(measure, form):
-            print("\n" + cli.table(rows))
-    if last is not None:
-        for name, answers in last.answers.items():
-            for answer in answers[: run_config.evaluation.show_answers]:
-                print(f"\n{name}: {answer.prompt}\n  expected {answer.response!r}\n  answered {answer.answer!r}")
-    print(f"\ndone: {run.last_export} loads with transformers.AutoModelForCausalLM", flush=True)
-    if address := loop.publish(run):
-        print(f"uploaded: {address}")
-    return 0
+    def drop(self, after: str) -> None:
+        self.matrix.drop(after)
 
 
 def describe(run: Run) -> str:
@@ -99,7 +118,19 @@ def describe(run: Run) -> str:
     return "\n".join(lines)
 
 
+def _parse(argv: Sequence[str]) -> tuple[RunConfig, bool, tuple[int, int] | None]:
+    from phased_ift_jax import config
+
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    _refuse_unknown(parser, rest)
+    overrides = [(key, value) for key, value in vars(options).items() if key not in ("config", "profile", "fresh")]
+    return config.load(options.config, overrides), options.fresh, _profile(options.profile)
+
+
 def _parser() -> cli.Parser:
+    from phased_ift_jax import config
+
     usage = "python -m phased_ift_jax.train CONFIG [--fresh] [--profile START:STOP] [--KEY VALUE ...]"
     parser = cli.Parser(prog="phased_ift_jax.train", usage=usage, description=__doc__, argument_default=argparse.SUPPRESS)
     parser.add_argument("config", metavar="CONFIG", help="YAML of one run, such as configs/quickstart.yaml")
@@ -114,6 +145,8 @@ def _parser() -> cli.Parser:
 
 
 def _refuse_unknown(parser: cli.Parser, rest: list[str]) -> None:
+    from phased_ift_jax import config
+
     if not rest:
         return
     if not rest[0].startswith("--"):

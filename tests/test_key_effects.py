@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from phased_ift_jax import config as config_module
+from phased_ift_jax import interrupts
 from phased_ift_jax.data import readers
 from phased_ift_jax.evaluation.forgetting import ForgettingMatrix
 from phased_ift_jax.models import hf_folder
 from phased_ift_jax.records import UserError
 from phased_ift_jax.sharding import put
-from phased_ift_jax.train import describe
-from phased_ift_jax.training import interrupts, loop
+from phased_ift_jax.train import Results, describe
+from phased_ift_jax.training import held_out, loop
 from phased_ift_jax.training.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
@@ -171,13 +172,14 @@ def test_key_changes_what_is_done(base, key):
 
 def train(config: config_module.RunConfig) -> tuple[loop.Run, dict]:
     run = loop.prepare(config)
-    matrix, told = ForgettingMatrix(run.output / "forgetting.json"), {}
+    told: dict[str, held_out.Evaluation] = {}
 
-    def report(after, evaluation):
-        matrix.add(after, loss=evaluation.losses)
-        told[after] = evaluation
+    class Told(Results):
+        def add(self, after, evaluation):
+            super().add(after, evaluation)
+            told[after] = evaluation
 
-    loop.train(run, report, matrix.__contains__)
+    loop.train(run, Told(ForgettingMatrix(run.output / "forgetting.json")))
     return run, told
 
 

@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 from test_run import Crash, assert_same_result, crash_in_step, final_weights, make_config, metrics, rows, train, undisturbed  # noqa: F401
 
-from phased_ift_jax import cli
+from phased_ift_jax import cli, interrupts
 from phased_ift_jax import config as config_module
 from phased_ift_jax import convert as convert_verb
 from phased_ift_jax import status as status_verb
 from phased_ift_jax import train as train_verb
 from phased_ift_jax.files import sole_writer
 from phased_ift_jax.records import UserError
-from phased_ift_jax.training import checkpoint, interrupts, loop, manifest, output
+from phased_ift_jax.training import checkpoint, loop, manifest, output
 from phased_ift_jax.training.checkpoint import Checkpoints, SaveFailed
 from phased_ift_jax.training.status import status
 

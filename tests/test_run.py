@@ -61,8 +61,7 @@ def make_config(rows: Path, output: Path, **changes) -> config_module.RunConfig:
 
 def train(config: config_module.RunConfig) -> loop.Run:
     run = loop.prepare(config)
-    matrix = ForgettingMatrix(run.output / "forgetting.json")
-    loop.train(run, lambda after, evaluation: matrix.add(after, loss=evaluation.losses), matrix.__contains__)
+    loop.train(run, train_verb.Results(ForgettingMatrix(run.output / "forgetting.json")))
     return run
 
 
@@ -379,7 +378,7 @@ def test_what_would_fail_later_is_refused_before_anything_is_written(rows, tmp_p
 
 def test_profile_writes_a_trace_of_the_steps_asked_for(rows, tmp_path):
     run = loop.prepare(make_config(rows, tmp_path / "run", curriculum__order=[1], training__max_steps=3, data__eval_size=0))
-    loop.train(run, lambda *_: None, lambda _: False, profile=(1, 2))
+    loop.train(run, train_verb.Results(ForgettingMatrix(run.output / "forgetting.json")), profile=(1, 2))
     assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
 
 
