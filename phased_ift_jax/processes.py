@@ -20,15 +20,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from phased_ift_jax.interrupts import STOPPED, Stop, Stopped
 from phased_ift_jax.records import Failure, UserError
-
-if TYPE_CHECKING:
-    from phased_ift_jax.interrupts import Stop
 
 HEARTBEAT_SECONDS = 15  # of silence after which a process counts as gone; JAX's own 100 would have its peers wait as long
 START_SECONDS = 300  # for all processes to have been started
+HEARING_SECONDS = 0.3  # between two looks whether another process was asked to stop
 PATIENCE_MS = 24 * 3600 * 1000  # for what one process does while the others wait: the heartbeat tells whether it still lives
 DIED_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
@@ -79,8 +78,8 @@ def supervise() -> None:
         signal.signal(number, lambda received, _: os.kill(child, received))
     withheld = _relay(reading)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if code < 0:
-        os.write(2, f"error: {_epitaph(-code, withheld)}; everything up to the newest checkpoint is saved: start the same command on every host again\n".encode())
+    if code < 0 or (code == 1 and withheld):
+        os.write(2, f"\nerror: {_epitaph(-code if code < 0 else signal.SIGABRT, withheld)}; everything up to the newest checkpoint is saved: start the same command on every host again\n".encode())
         code = 1
     elif withheld:
         os.write(2, withheld)
@@ -102,15 +101,20 @@ def joined(stop: Stop) -> Iterator[None]:
     if not first():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     stop.tell, stop.linger = _tell, 0 if _group.index else 1
-    threading.Thread(target=_hear, args=(stop,), name="peers", daemon=True).start()
+    ended = threading.Event()
+    hearing = threading.Thread(target=_hear, args=(stop, ended), name="peers", daemon=True)
+    hearing.start()
     try:
         yield
     except BaseException as error:
-        if isinstance(error, RuntimeError):  # of JAX: a collective has lost a peer, and its service will soon know which and end this process
+        if isinstance(error.__cause__ or error, RuntimeError | TimeoutError):  # perhaps a peer is gone: then JAX soon knows, and ends this process
             time.sleep(HEARTBEAT_SECONDS + 5)
         # at its ordinary end JAX would wait for all processes
-        atexit.register(_leave, 2 if isinstance(error, UserError) else 1)
+        atexit.register(_leave, stop, STOPPED if isinstance(error, Stopped) else 2 if isinstance(error, UserError) else 1)
         raise
+    finally:
+        ended.set()
+        hearing.join()
 
 
 def _join() -> _Group | None:
@@ -187,9 +191,10 @@ def await_all(name: str) -> None:
         _group.client.wait_at_barrier(name, PATIENCE_MS)
 
 
-def _leave(code: int) -> None:
+def _leave(stop: Stop, code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
+    time.sleep(stop.linger)
     os._exit(code)
 
 
@@ -201,12 +206,17 @@ def _tell(why: str) -> None:
         return
 
 
-def _hear(stop: Stop) -> None:
+def _hear(stop: Stop, ended: threading.Event) -> None:
     assert _group is not None
-    try:
-        stop.ask(_group.client.blocking_key_value_get("stop", PATIENCE_MS), tell=False)
-    except RuntimeError:  # the service has ended: whoever is in a step finds out there
-        return
+    while not ended.wait(HEARING_SECONDS):  # a call that waits in C++ could not be left at the end of the process
+        try:
+            told = _group.client.key_value_try_get("stop")
+        except RuntimeError as error:
+            if "NOT_FOUND" not in str(error):  # the service has ended: whoever is in a step finds out there
+                return
+        else:
+            stop.ask(told, tell=False)
+            return
 
 
 def _relay(reading: int) -> bytes:

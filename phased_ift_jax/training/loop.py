@@ -135,7 +135,7 @@ def train(run: Run, results: Results, stop: Stop | None = None, profile: tuple[i
         processes.agree(lambda: _hold(run, held))
         alive = held.enter_context(watchdog(run.config.logging.hang_minutes))
         try:
-            _train(run, results, stop or Stop(), profile, alive)
+            _train(run, results, Stop() if stop is None else stop, profile, alive)
         except OSError as error:
             if is_full(error):
                 raise Failure(f"no space is left for '{run.output}': {error}; make room, then the same command goes on") from error
