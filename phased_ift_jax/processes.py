@@ -79,7 +79,8 @@ def supervise() -> None:
     withheld = _relay(reading)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code < 0 or (code == 1 and withheld):
-        os.write(2, f"\nerror: {_epitaph(-code if code < 0 else signal.SIGABRT, withheld)}; everything up to the newest checkpoint is saved: start the same command on every host again\n".encode())
+        why = _epitaph(-code if code < 0 else signal.SIGABRT, withheld)
+        os.write(2, f"\nerror: {why}; everything up to the newest checkpoint is saved: start the same command on every host again\n".encode())
         code = 1
     elif withheld:
         os.write(2, withheld)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from phased_ift_jax import cli, processes
 from phased_ift_jax.interrupts import STOPPED, Stop, Stopped, listening
 from phased_ift_jax.records import UserError
+from phased_ift_jax.xla_flags import set_flags
 
 if TYPE_CHECKING:
     from phased_ift_jax.config import RunConfig
@@ -27,6 +28,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         with listening() as stop:  # before anything heavy is imported: a machine may be taken away at once
             run_config, fresh, profile = _parse(argv)
+            set_flags(run_config.training.deterministic)
             with processes.joined(stop):
                 _train(run_config, fresh, profile, stop)
     except Stopped:
@@ -99,7 +101,8 @@ def describe(run: Run) -> str:
     ledger = plan.ledger()
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
     lines = [
-        f"model   {run.folder.path} ({run.config.model.init}), {run.config.model.dtype} over {run.config.model.param_dtype}, attention {run.attention}",
+        f"model   {run.folder.path} ({run.config.model.init}), {run.config.model.dtype} over {run.config.model.param_dtype}, attention {run.attention}"
+        + (", deterministic" if run.config.training.deterministic else ""),
         f"mesh    {mesh} on {run.mesh.devices.flat[0].device_kind}",
         f"data    {data.rows_read} rows read = {data.rows_read - len(data.quarantined) - truncated} used whole + {truncated} truncated + {len(data.quarantined)} quarantined"
         + (f" ({binless} of them in no bin)" if binless else ""),
