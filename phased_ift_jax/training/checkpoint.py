@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import logging
 import platform
 import re
 import shutil
@@ -28,6 +29,8 @@ from phased_ift_jax.records import Failure, UserError
 from phased_ift_jax.sharding import owned
 from phased_ift_jax.training import manifest
 from phased_ift_jax.training.stored import saving_options
+
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax raises what it logs, and a run says it in a line
 
 Tree = TypeVar("Tree")
 NOTE = "newest_checkpoint"  # beside checkpoints/: what was saved last, so that a folder that is gone is no fresh start
