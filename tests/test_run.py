@@ -26,6 +26,7 @@ from phased_ift_jax.records import UserError
 from phased_ift_jax.training import loop
 from phased_ift_jax.training.checkpoint import Checkpoints, load_arrays
 from phased_ift_jax.training.schedule import scales
+from phased_ift_jax.training.step import Trainer
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 ROOT = Path(__file__).parent.parent
@@ -427,3 +428,31 @@ def test_the_verb_prints_the_plan_before_it_trains(rows, tmp_path, capsys):
     for fact in ("100 rows read = 100 used whole", "1-easy", "lr peak", "budget", "optimizer reset, schedule restarts", "exact match after", "loss after", "expected", "done:"):
         assert fact in told, fact
     assert told.index("budget") < told.index("before training")
+
+
+@pytest.mark.parametrize("changes", [{}, {"training__gradient_accumulation_steps": 2}, {"data__packing": False}])
+def test_a_phase_compiles_its_steps_before_the_first_and_none_in_between(rows, tmp_path, monkeypatch, changes):
+    """Every row length that occurs, and only those; so a request to stop never waits for a compilation with steps unsaved."""
+    compiled, at = [], []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None)
+    run = loop.prepare(make_config(rows, tmp_path / "run", data__eval_size=0, checkpoint__save_steps=None, **changes))
+    ahead, real_put, real_compile = [], loop.put, Trainer.compile_step
+
+    def put(tree, dims, mesh):
+        if dims == loop.BATCH_DIMS:
+            at.append((len(compiled), tree.tokens_BT.shape))
+        return real_put(tree, dims, mesh)
+
+    def compile_step(self, rows, length, parts):
+        ahead.append((parts, rows // parts, length))
+        real_compile(self, rows, length, parts)
+
+    monkeypatch.setattr(loop, "put", put)
+    monkeypatch.setattr(Trainer, "compile_step", compile_step)
+    loop.train(run, train_verb.Results(ForgettingMatrix(run.output / "forgetting.json")))
+    assert {shape for _, shape in at} == set(ahead)
+    begin = 0
+    for phase in run.plan.phases:
+        counts = [count for count, _ in at[begin : begin + len(phase.steps)]]
+        assert counts[0] == counts[-1], "compilations within a phase"
+        begin += len(phase.steps)

@@ -26,6 +26,7 @@ from phased_ift_jax.config import RunConfig, dump
 from phased_ift_jax.data.batches import batches
 from phased_ift_jax.data.dataset import Dataset, write_quarantine
 from phased_ift_jax.data.dataset import prepare as prepare_data
+from phased_ift_jax.data.packing import row_lengths
 from phased_ift_jax.data.tokenization import load_tokenizer
 from phased_ift_jax.files import is_full, set_aside, sole_writer, write_whole
 from phased_ift_jax.interrupts import Stop, Stopped, watchdog
@@ -248,6 +249,10 @@ def _train_phase(
     steps, rates = phase.steps, phase.learning_rates
     before = sum(len(earlier.steps) for earlier in run.plan.phases[: phase.phase.index - 1])
     rate, saved_at = Rate(peak_flops(list(run.mesh.devices.flat))), time.monotonic()
+    for length in dict.fromkeys(row_lengths([phase.lengths[steps[step]] for step in range(start, len(steps))], phase.shapes).tolist()):
+        # now, when nothing is unsaved: a request to stop need not wait for a compilation
+        trainer.compile_step(phase.shapes.rows, length, phase.training.gradient_accumulation_steps)
+        alive()
     source = batches(steps, start, run.dataset.examples, phase.shapes, phase.training.gradient_accumulation_steps)
     pending: tuple[dict[str, Any], dict[str, jax.Array], jax.Array | None] | None = None
     wanted = [False, False]  # to stop, to save; of several processes, all see it after the same step: the one before, so that none waits for it
@@ -286,7 +291,7 @@ def _train_phase(
         learning_rate = put(np.asarray(rates[step], np.float32), "", run.mesh)
         store.check()
         state, metrics = trainer.step(state, put(batch, BATCH_DIMS, run.mesh), learning_rate)
-        stop.began()  # only now: the first call compiles, and a request that comes meanwhile finds nothing to save
+        stop.began()
         votes = None if processes.alone() else highest([bool(stop), _is_late(run, saved_at)], run.mesh)
         flush()
         pending = _facts(run, phase, step, before, batch), metrics, votes
