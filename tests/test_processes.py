@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_run import ROOT, assert_same_result, make_config, metrics, rows  # noqa: F401
+from test_run import ROOT, assert_same_result, make_config, metrics, rows, train  # noqa: F401
 
 from phased_ift_jax import config as config_module
+from phased_ift_jax import convert
 from phased_ift_jax.training import manifest
 
 EPOCHS = 6
@@ -83,7 +84,9 @@ def cache(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def config_of(rows) -> Callable[..., config_module.RunConfig]:  # noqa: F811
     return lambda output, **changes: make_config(
-        rows, output, **{"training__num_train_epochs": EPOCHS, "logging__report_to": [], "curriculum__optimizer_state": "keep", "checkpoint__save_steps": 4} | changes
+        rows, output, **{"training__num_train_epochs": EPOCHS, "logging__report_to": [], "curriculum__optimizer_state": "keep", "checkpoint__save_steps": 4}
+        | {"evaluation__exact_match": True, "evaluation__show_answers": 0, "evaluation__max_new_tokens": 8}
+        | changes,
     )
 
 
@@ -110,6 +113,19 @@ def test_two_processes_compute_what_one_does(undisturbed, config_of, cache, tmp_
     assert pod.codes() == [0]
     assert_same_losses(tmp_path / "run", undisturbed)
     assert (tmp_path / "run/trained_ids.jsonl").read_text() == (undisturbed / "trained_ids.jsonl").read_text()
+
+
+@pytest.mark.parametrize("source", ["a Hugging Face folder", "what from-hf made of it"])
+def test_each_process_reads_its_slices_of_a_pretrained_model(source, undisturbed, rows, cache, tmp_path):  # noqa: F811
+    base = undisturbed / "hf/3-hard"
+    if source != "a Hugging Face folder":
+        assert convert.main(["from-hf", str(base), str(tmp_path / "converted")]) == 0
+        base = tmp_path / "converted"
+    changes = {"model__init": "pretrained", "model__model_name_or_path": str(base), "curriculum__order": [1], "training__max_steps": 3, "logging__report_to": []}
+    pod = Pod(tmp_path, make_config(rows, tmp_path / "two", **changes), cache)
+    assert pod.codes() == [0, 0], [log.read_text()[-3000:] for log in pod.logs]
+    train(make_config(rows, tmp_path / "one", **changes))
+    assert_same_losses(tmp_path / "two", tmp_path / "one")
 
 
 def assert_same_losses(one: Path, other: Path) -> None:
