@@ -18,9 +18,10 @@ from phased_ift_jax.evaluation.forgetting import ForgettingMatrix
 from phased_ift_jax.models import hf_folder
 from phased_ift_jax.records import UserError
 from phased_ift_jax.sharding import put
-from phased_ift_jax.train import Results, describe
+from phased_ift_jax.train import Results
 from phased_ift_jax.training import held_out, loop
 from phased_ift_jax.training.checkpoint import Checkpoints
+from phased_ift_jax.training.survey import describe
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 ROOT = Path(__file__).parent.parent
@@ -65,7 +66,7 @@ def observe(config: config_module.RunConfig, what: str) -> object:
     run = loop.prepare(config)
     phase = run.plan.phases[0]
     if what == "plan":
-        return describe(run)
+        return describe(run, "cpu")
     if what == "rates":
         return [p.learning_rates.tolist() for p in run.plan.phases]
     if what == "held out":

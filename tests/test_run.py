@@ -25,6 +25,7 @@ from phased_ift_jax.evaluation.forgetting import ForgettingMatrix
 from phased_ift_jax.records import UserError
 from phased_ift_jax.training import loop
 from phased_ift_jax.training.checkpoint import Checkpoints, load_arrays
+from phased_ift_jax.training.plan import make_plan
 from phased_ift_jax.training.schedule import scales
 from phased_ift_jax.training.step import Trainer
 
@@ -271,7 +272,7 @@ def test_arms_share_held_out_rows_and_train_what_they_say(rows, tmp_path):
 def test_each_phase_trains_its_ids_once_an_epoch_in_the_same_order_on_any_number_of_devices(rows, tmp_path, row_devices):
     """What the packed batches hold, read back segment by segment, is the order of the plan, which knows no devices."""
     run = loop.prepare(make_config(rows, tmp_path / "run"))
-    plan = loop.make_plan(run.config, run.dataset, run.folder.config, row_devices)
+    plan = make_plan(run.config, run.dataset, run.folder.config, row_devices)
     for phase in plan.phases:
         for step, batch in enumerate(batches.batches(phase.steps, 0, run.dataset.examples, phase.shapes)):
             assert batch.tokens_BT.shape[1] % row_devices == 0

@@ -24,25 +24,23 @@ from tqdm import tqdm
 from phased_ift_jax import processes
 from phased_ift_jax.config import RunConfig, dump
 from phased_ift_jax.data.batches import batches
-from phased_ift_jax.data.dataset import Dataset, write_quarantine
-from phased_ift_jax.data.dataset import prepare as prepare_data
+from phased_ift_jax.data.dataset import write_quarantine
 from phased_ift_jax.data.packing import row_lengths
-from phased_ift_jax.data.tokenization import load_tokenizer
 from phased_ift_jax.files import is_full, set_aside, sole_writer, write_whole
 from phased_ift_jax.interrupts import Stop, Stopped, watchdog
 from phased_ift_jax.models import hf_weights, hub
-from phased_ift_jax.models.attention import implementation
 from phased_ift_jax.models.decoder import Params
-from phased_ift_jax.models.hf_folder import Folder, open_folder
+from phased_ift_jax.models.hf_folder import open_folder
 from phased_ift_jax.records import Failure, UserError
-from phased_ift_jax.sharding import batch_rows, highest, make_mesh, put
+from phased_ift_jax.sharding import highest, make_mesh, put
 from phased_ift_jax.training import conversion
 from phased_ift_jax.training.checkpoint import Checkpoints, Position, SaveFailed, load_arrays
 from phased_ift_jax.training.held_out import Results, evaluate
 from phased_ift_jax.training.metrics import Books, Rate, check_reporters, peak_flops
 from phased_ift_jax.training.output import check_output
-from phased_ift_jax.training.plan import PhasePlan, Plan, attended_pairs, make_plan
+from phased_ift_jax.training.plan import PhasePlan, attended_pairs
 from phased_ift_jax.training.step import BATCH_DIMS, Trainer, TrainState
+from phased_ift_jax.training.survey import Survey, survey
 
 
 class NonFinite(Failure):
@@ -50,15 +48,10 @@ class NonFinite(Failure):
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class Run(Survey):
     """Everything that a run is made of, read and checked, before anything is written."""
 
-    config: RunConfig
-    folder: Folder
-    tokenizer: Any
-    dataset: Dataset
     mesh: Mesh
-    plan: Plan
     trainers: dict[str, Trainer] = field(default_factory=dict)
 
     @property
@@ -69,11 +62,6 @@ class Run:
     def last_export(self) -> Path:
         """Where the Hugging Face folder of the last phase lies when the run is done."""
         return self.output / "hf" / self.plan.phases[-1].phase.folder
-
-    @property
-    def attention(self) -> str:
-        """The attention kernel that is used: what `auto` stands for on this backend."""
-        return implementation(self.config.model.attn_implementation)
 
     def trainer(self, phase: PhasePlan) -> Trainer:
         """One trainer, and so one compilation, for all phases whose optimizer is the same."""
@@ -109,16 +97,17 @@ def prepare(config: RunConfig, fresh: bool = False) -> Run:
     processes.check_same("config", dump(config))
     processes.agree(lambda: check_output(config, same_settings=not fresh))
     check_reporters(config.logging)
-    folder = open_folder(config.model.model_name_or_path, config.model.revision, weights=config.model.init == "pretrained")
-    if config.model.init == "pretrained" and folder.converted:
-        conversion.check(conversion.Source(folder.converted, folder, None))
-    elif config.model.init == "pretrained":
-        hf_weights.check(folder)
-    tokenizer = load_tokenizer(folder.path, folder.config.vocab_size)
-    dataset = prepare_data(config.data, config.curriculum, config.seed, tokenizer)
-    processes.check_same("data.path", f"rows, scores or bins ({dataset.identity})")
     mesh = make_mesh(config.mesh)
-    return Run(config, folder, tokenizer, dataset, mesh, make_plan(config, dataset, folder.config, batch_rows(mesh)))
+    seen = survey(config, mesh.shape)
+    processes.check_same("data.path", f"rows, scores or bins ({seen.dataset.identity})")
+    folder = seen.folder
+    if config.model.init == "pretrained":  # only now: of a hub model these are many gigabytes
+        folder = open_folder(config.model.model_name_or_path, config.model.revision)
+        if folder.converted:
+            conversion.check(conversion.Source(folder.converted, folder, None))
+        else:
+            hf_weights.check(folder)
+    return Run(config, folder, seen.tokenizer, seen.dataset, seen.plan, seen.mesh_sizes, mesh)
 
 
 def train(run: Run, results: Results, stop: Stop | None = None, profile: tuple[int, int] | None = None) -> None:
