@@ -420,7 +420,7 @@ def test_a_worker_that_has_started_anew_is_started_again(cloud: Cloud) -> None:
     cloud.tpu("run", "--detach", "--env=ATTEMPTS=1", CONFIG)
     cloud.wait_for(2)
     run = cloud.folder / "homes/my-tpu/1/phased_ift/run"
-    for pid in holders(run / "lock"):
+    for pid in sorted(holders(run / "lock")):  # the eldest first, which would note how the others ended
         os.kill(pid, signal.SIGKILL)  # as a machine ends: no exit code is written
     assert "worker 1: lost" in eventually(lambda: cloud.tpu("status").stdout, "lost")
     going_on = subprocess.Popen(
