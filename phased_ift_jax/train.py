@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     processes.supervise()
     try:
         with listening() as stop:  # before anything heavy is imported: a machine may be taken away at once
-            run_config, fresh, profile = _parse(argv)
+            run_config, fresh, profile = parse(argv)
             set_flags(run_config.training.deterministic)
             with processes.joined(stop):
                 _train(run_config, fresh, profile, stop)
@@ -85,7 +85,7 @@ class Results:
         self.matrix.drop(after)
 
 
-def _parse(argv: Sequence[str]) -> tuple[RunConfig, bool, tuple[int, int] | None]:
+def parse(argv: Sequence[str]) -> tuple[RunConfig, bool, tuple[int, int] | None]:
     from phased_ift_jax import config
 
     usage = "python -m phased_ift_jax.train CONFIG [--fresh] [--profile START:STOP] [--KEY VALUE ...]"

@@ -23,7 +23,7 @@ TEXTS = sorted(
     path
     for folder in ("phased_ift_jax", "tests", "configs", "docs", "launch", "benchmarks")
     for path in (ROOT / folder).rglob("*")
-    if path.suffix in {".py", ".md", ".yaml", ".yml", ".toml", ".sh", ".html", ".txt"} and "__pycache__" not in path.parts
+    if path.suffix in {".py", ".md", ".yaml", ".yml", ".toml", ".sh", ".sbatch", ".html", ".txt"} and "__pycache__" not in path.parts
 ) + [path for path in sorted(ROOT.iterdir()) if path.suffix in {".md", ".toml"}]
 
 
