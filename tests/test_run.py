@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from phased_ift_jax.evaluation.forgetting import ForgettingMatrix
 from phased_ift_jax.records import UserError
 from phased_ift_jax.training import loop
 from phased_ift_jax.training.checkpoint import Checkpoints, load_arrays
+from phased_ift_jax.training.output import begin_afresh
 from phased_ift_jax.training.plan import make_plan
 from phased_ift_jax.training.schedule import scales
 from phased_ift_jax.training.step import Trainer
@@ -457,3 +459,33 @@ def test_a_phase_compiles_its_steps_before_the_first_and_none_in_between(rows, t
         counts = [count for count, _ in at[begin : begin + len(phase.steps)]]
         assert counts[0] == counts[-1], "compilations within a phase"
         begin += len(phase.steps)
+
+
+def test_a_restart_continues_its_run_at_wandb_and_a_fresh_start_does_not(rows, tmp_path, monkeypatch):
+    """Held against a stand-in for the package, which needs an account: what it is told, at the start of the run, of its restart, of a fresh one."""
+    told, logged = [], []
+
+    class Begun:
+        def log(self, numbers, step):
+            logged.append((step, numbers["loss"]))
+
+        def finish(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **options: told.append(options) or Begun(), __spec__=types.SimpleNamespace()))
+    config = make_config(rows, tmp_path / "run", logging__report_to=["wandb"], curriculum__order=[1], training__max_steps=4, data__eval_size=0)
+    with monkeypatch.context() as patch:
+        crash_in_step(patch, 4)
+        with pytest.raises(Crash):
+            train(config)
+    train(config)
+    assert [options["id"] for options in told] == [told[0]["id"]] * 2
+    assert {options["resume"] for options in told} == {"allow"}
+    assert [step for step, _ in logged] == [1, 2, 3, 4]
+    begin_afresh(config)
+    train(config)
+    assert told[2]["id"] != told[0]["id"]
+    begin_afresh(config)
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    train(config)
+    assert told[3]["id"] == "mine"

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import itertools
 import json
 import os
 import time
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phased_ift_jax.config import LoggingConfig
+from phased_ift_jax.files import write_whole
 from phased_ift_jax.records import UserError
 
 if TYPE_CHECKING:
@@ -163,6 +164,10 @@ def _tensorboard(folder: Path, purge_step: int) -> Any:
 
 
 def _wandb(name: str, folder: Path, settings: dict[str, Any]) -> Any:
+    """The W&B run of this folder: a restart continues it, wherever it runs; a folder that was begun afresh has another."""
     import wandb
 
-    return wandb.init(name=name, dir=str(folder), id=hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16], resume="allow", config=settings)
+    noted = folder / "wandb_run_id"
+    if not noted.exists():
+        write_whole(noted, (os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:16]) + "\n")
+    return wandb.init(name=name, dir=str(folder), id=noted.read_text(encoding="utf-8").strip(), resume="allow", config=settings)
