@@ -90,9 +90,14 @@ def table(rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in cells)
 
 
-def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a verb and leave the process with its exit code; without `argv` the process is the verb's, with the words that it was started with."""
+def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None, before: Callable[[], None] | None = None) -> NoReturn:
+    """Run a verb and leave the process with its exit code.
+
+    Without `argv` the process is the verb's, with the words that it was started with; only then is `before` called.
+    """
     try:
+        if argv is None and before:
+            before()
         code = main(underscored(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except (UserError, Failure) as error:
@@ -125,4 +130,5 @@ def main() -> NoReturn:
         print(f"error: unknown verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(VERBS)}"), file=sys.stderr)
         raise SystemExit(2)
     sys.argv = [str(Path(sys.argv[0]).with_name(f"phased-ift {verb}")), *rest]
-    run(importlib.import_module(f"phased_ift_jax.{verb}").main)
+    module = importlib.import_module(f"phased_ift_jax.{verb}")
+    run(module.main, before=getattr(module, "before", None))

@@ -10,12 +10,13 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 STOPPED = 75  # exit code: stopped on request with everything saved
 NOTICE_SECONDS = 5.0  # between two looks for a notice; a spot machine has 30 s from it
@@ -33,7 +34,7 @@ class Stop:
         self._lock = threading.Lock()
         self._asked = self._unsaved = False
         self.farewell = "stopped with everything saved; the same command goes on"
-        self.tell: Callable[[str], None] | None = None  # passes a request on to the other processes of the run
+        self.tell: Callable[[str, bool], None] | None = None  # passes a request on to the other processes of the run, and whether this one leaves
         self.linger = 0.0  # seconds for them to hear of it, where they hear through this process
 
     def __bool__(self) -> bool:
@@ -51,24 +52,67 @@ class Stop:
             if self._asked:
                 raise Stopped
 
-    def ask(self, why: str, tell: bool = True) -> None:
-        """Stop, now or once everything is saved; `why` is said, and told to the other processes unless it comes from one of them."""
+    def ask(self, why: str, told: bool = False, left: bool = False) -> None:
+        """Stop, now or once everything is saved.
+
+        The other processes are told, unless it was `told` by one of them. Has that one `left`, it had trained nothing that is unsaved; so
+        neither has this one, whose steps cannot end without it.
+        """
         with self._lock:
-            if self._asked:
+            if self._asked and not left:
                 return
-            self._asked = True
-            if self._unsaved:
-                os.write(2, f"\n{why}: stopping once everything is saved\n".encode())
-            if tell and self.tell:
-                self.tell(why)
-            if not self._unsaved:
+            self._asked, leaves = True, left or not self._unsaved
+            if self.tell and not told:
+                self.tell(why, leaves)
+            if leaves:
                 self._leave()
+            say(2, f"{why}: stopping once everything is saved")
 
     def _leave(self) -> NoReturn:
         time.sleep(self.linger)
         # not by an exception: what the main thread is in need not be left in order, since a kill may come at any moment as well
-        os.write(1, f"\n{self.farewell}\n".encode())
+        say(1, self.farewell)
         os._exit(STOPPED)
+
+
+def say(to: int, words: str) -> None:
+    """Write a line past everything that buffers; where nobody listens any more, saying nothing is all right."""
+    with suppress(OSError):
+        os.write(to, f"\n{words}\n".encode())
+
+
+class _Unbroken:
+    """A stream of which the reader may go: then it writes into nothing. Ctrl-C on `train ... | tee log` ends `tee` first."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+@contextmanager
+def unbroken() -> Iterator[None]:
+    """Let what a run says never end it."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(Any, _Unbroken(stream)) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 @contextmanager
@@ -80,11 +124,13 @@ def listening() -> Iterator[Stop]:
     os.set_blocking(writing, False)
 
     def pass_on(number: int, _: Any) -> None:
-        os.write(writing, bytes([number]))
+        with suppress(BlockingIOError):  # full of requests
+            os.write(writing, bytes([number]))
 
     def watch() -> None:
         while number := os.read(reading, 1)[0]:
-            stop.ask(signal.Signals(number).name)
+            if number in (signal.SIGINT, signal.SIGTERM):  # others come here, too, where the program has handlers for them
+                stop.ask(signal.Signals(number).name)
 
     watching = threading.Thread(target=watch, name="stop", daemon=True)
     watching.start()
@@ -100,8 +146,8 @@ def listening() -> Iterator[Stop]:
     try:
         yield stop
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        for number, handler in old.items():  # once asked to stop, a process is about to end, and another request must not end it otherwise
+            signal.signal(number, signal.SIG_IGN if stop else handler)
         if before is not None:
             signal.set_wakeup_fd(before)
         ended.set()
@@ -121,18 +167,22 @@ def _metadata_host() -> str | None:
 
 
 def _await_notice(host: str, stop: Stop, ended: threading.Event) -> None:
+    import http.client
     import urllib.request
 
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    standing: dict[str, bool] = {}  # a maintenance that is announced already at the first look may be an hour away
     while not (stop or ended.wait(NOTICE_SECONDS)):
         for key, taken_away in NOTICES.items():
             try:
                 request = urllib.request.Request(f"http://{host}/computeMetadata/v1/instance/{key}", headers={"Metadata-Flavor": "Google"})
                 with opener.open(request, timeout=5) as answer:
-                    if answer.read().decode(errors="replace").strip() == taken_away:
-                        stop.ask(f"the machine will be taken away ({key})")
-            except OSError:  # a look that fails says nothing; the next may not
+                    noticed = answer.read().decode(errors="replace").strip() == taken_away
+            except (OSError, http.client.HTTPException):  # a look that fails says nothing; the next may not
                 continue
+            if noticed and not (key == "maintenance-event" and standing.get(key, True)):
+                stop.ask(f"the machine will be taken away ({key})")
+            standing[key] = standing.get(key, True) and noticed
 
 
 @contextmanager

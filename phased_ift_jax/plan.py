@@ -35,6 +35,9 @@ def main(argv: Sequence[str]) -> int:
     from phased_ift_jax.training.doctor import examine
     from phased_ift_jax.training.survey import describe, facts, survey
 
+    for name, least in (("devices", 1), ("show", 0)):
+        if (given := vars(options)[name]) is not None and given < least:
+            raise UserError(f"--{name}: {given} is less than {least}")
     surveys, findings = [], []
     for path in options.configs:
         loaded = config.load(path, overrides)
@@ -61,7 +64,10 @@ def main(argv: Sequence[str]) -> int:
 def _devices() -> int:
     import jax
 
-    return jax.device_count()
+    try:
+        return jax.device_count()
+    except RuntimeError as error:
+        raise UserError(f"this machine's devices cannot be asked ({' '.join(str(error).split())[:120]}); say how many to plan for with --devices") from None
 
 
 def _sizes(told: dict[str, Any]) -> list[list[str]]:

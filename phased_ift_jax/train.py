@@ -5,11 +5,12 @@ The same command again goes on where it stopped. Exit codes: 0 done, 1 a failure
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from phased_ift_jax import cli, processes
-from phased_ift_jax.interrupts import STOPPED, Stop, Stopped, listening
+from phased_ift_jax.interrupts import STOPPED, Stop, Stopped, listening, unbroken
 from phased_ift_jax.records import UserError
 from phased_ift_jax.xla_flags import set_flags
 
@@ -21,25 +22,29 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     """Parse, prepare, print the plan, train, print what was learnt and forgotten."""
-    processes.supervise()
-    try:
-        with listening() as stop:  # before anything heavy is imported: a machine may be taken away at once
-            run_config, fresh, profile = parse(argv)
-            set_flags(run_config.training.deterministic)
+    with listening() as stop, unbroken():  # before anything heavy is imported: a machine may be taken away at once
+        run_config, fresh, profile = parse(argv)
+        set_flags(run_config.training.deterministic)
+        try:
             with processes.joined(stop):
                 _train(run_config, fresh, profile, stop)
-    except Stopped:
-        print(stop.farewell, flush=True)
-        return STOPPED
+        except Stopped:
+            print(stop.farewell, flush=True)
+            return STOPPED
     return 0
 
 
+before = processes.supervise  # in a process of its own
+
+
 def _train(run_config: RunConfig, fresh: bool, profile: tuple[int, int] | None, stop: Stop) -> None:
+    from phased_ift_jax.config import dump
     from phased_ift_jax.evaluation.forgetting import ForgettingMatrix
     from phased_ift_jax.training import loop  # jax and what it brings: not before the command line is known to be sound
     from phased_ift_jax.training.output import begin_afresh
     from phased_ift_jax.training.survey import describe
 
+    processes.check_same("the command line", json.dumps([dump(run_config), fresh, profile]))
     run = loop.prepare(run_config, fresh)
     steps = sum(len(phase.steps) for phase in run.plan.phases)
     if profile and profile[1] > steps:
@@ -107,4 +112,4 @@ def _profile(text: str | None) -> tuple[int, int] | None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, before=before)

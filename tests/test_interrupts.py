@@ -37,13 +37,13 @@ def test_a_request_waits_for_what_is_not_saved():
 
 
 def test_a_request_is_passed_on_unless_it_was_passed_on():
-    for tell, told in ((True, ["a test"]), (False, [])):
-        stop, heard = Stop(), []
-        stop.tell = heard.append
+    for told, heard in ((False, [("a test", False)]), (True, [])):
+        stop, passed = Stop(), []
+        stop.tell = lambda why, leaves, passed=passed: passed.append((why, leaves))
         stop.began()
-        stop.ask("a test", tell=tell)
-        stop.ask("another", tell=tell)
-        assert heard == told
+        stop.ask("a test", told=told)
+        stop.ask("another", told=told)
+        assert passed == heard
 
 
 def test_handlers_are_as_they_were_afterwards():
@@ -104,6 +104,57 @@ def test_unless_something_is_unsaved():
     assert said.endswith("went on\n")
 
 
+def test_a_reader_that_has_gone_does_not_keep_a_process_from_stopping():
+    """Ctrl-C on `train ... | tee log` ends `tee` first; saying something must never end a run, or keep it."""
+    process = start("-c", LONG_CALL.format(call=SLEEP_IN_C), "saved")
+    assert process.stdout.readline() == "ready\n"
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 75
+
+
+def test_a_run_whose_output_nobody_reads_any_more_saves_and_stops(rows, tmp_path):  # noqa: F811
+    config = make_config(rows, tmp_path / "run", training__num_train_epochs=2000, logging__report_to=[], checkpoint__save_steps=None)
+    (tmp_path / "config.yaml").write_text(config_module.dump(config))
+    process = start("-m", "phased_ift_jax.train", tmp_path / "config.yaml")
+    metrics = tmp_path / "run/metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.stdout.close()
+    time.sleep(1.5)  # the bar has tried to say something
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 75
+    steps = metrics.read_text().count("\n")
+    assert (tmp_path / f"run/checkpoints/1-easy/{steps}/manifest.json").exists()
+
+
+def test_other_signals_are_the_programs_own():
+    program = (
+        "import os, signal, time\nfrom phased_ift_jax.interrupts import listening\nheard = []\nsignal.signal(signal.SIGUSR1, lambda *_: heard.append(1))\n"
+        "with listening() as stop:\n os.kill(os.getpid(), signal.SIGUSR1)\n time.sleep(0.5)\n print(heard, bool(stop))"
+    )
+    assert start("-c", program).communicate(timeout=20)[0] == "[1] False\n"
+
+
+def test_a_second_request_does_not_end_otherwise_what_the_first_is_ending():
+    program = (
+        "import os, signal, time\nfrom phased_ift_jax.interrupts import listening\nwith listening() as stop:\n stop.began()\n os.kill(os.getpid(), signal.SIGTERM)\n"
+        " while not stop: time.sleep(0.01)\nos.kill(os.getpid(), signal.SIGTERM)\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.2)\nprint('in order')"
+    )
+    process = start("-c", program)
+    assert process.communicate(timeout=20)[0].endswith("in order\n")
+    assert process.returncode == 0
+
+
+def test_a_process_leaves_with_one_that_has_left():
+    """Its steps cannot end without the other's part, so nothing that it has begun since the last save can be done."""
+    program = "from phased_ift_jax.interrupts import Stop\nstop = Stop()\nstop.began()\nstop.ask('process 1: SIGTERM', told=True, left=True)\nprint('never here')"
+    process = start("-c", program)
+    assert "never here" not in process.communicate(timeout=20)[0]
+    assert process.returncode == 75
+
+
 @pytest.fixture
 def metadata():
     """A metadata server as on Google's machines; what it answers is to be set."""
@@ -114,6 +165,8 @@ def metadata():
         def do_GET(self) -> None:
             asked.append((self.path, self.headers["Metadata-Flavor"]))
             body = answers[self.path.rsplit("/", 1)[1]].encode()
+            if answers.get("truncated"):
+                return
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -139,10 +192,24 @@ def test_a_notice_is_a_request(metadata, key, notice):
     assert process.stdout.readline() == "ready\n"
     while len(asked) < 6:
         time.sleep(0.02)
+    answers["truncated"] = True
+    time.sleep(0.3)
+    del answers["truncated"]
+    time.sleep(0.3)
     assert process.poll() is None
     answers[key] = notice
     assert process.wait(20) == 75
     assert set(asked) == {(f"/computeMetadata/v1/instance/{key}", "Google") for key in NOTICES}
+
+
+def test_a_maintenance_announced_before_the_start_ends_nothing(metadata):
+    """It may be an hour away, and started again the run would be stopped again; when the machine goes, SIGTERM or its preemption says so."""
+    host, answers, asked = metadata
+    answers["maintenance-event"] = NOTICES["maintenance-event"]
+    program = "import phased_ift_jax.interrupts as i, time; i.NOTICE_SECONDS = 0.05\nwith i.listening():\n print('ready', flush=True)\n time.sleep(1.5)"
+    process = start("-c", program, GCE_METADATA_HOST=host)
+    assert process.wait(20) == 0
+    assert len(asked) > 6
 
 
 def test_a_run_that_is_told_of_a_preemption_stops_with_everything_saved(rows, tmp_path, metadata):  # noqa: F811

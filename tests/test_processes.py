@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 from test_run import ROOT, assert_same_result, make_config, metrics, rows, train  # noqa: F401
 
 from phased_ift_jax import config as config_module
-from phased_ift_jax import convert
+from phased_ift_jax import convert, processes
 from phased_ift_jax.training import manifest
 
 EPOCHS = 6
@@ -28,7 +29,9 @@ GONE = 30  # seconds in which a survivor has ended
 class Pod:
     """Processes of one run, started alike; each has a log of its own."""
 
-    def __init__(self, folder: Path, config: config_module.RunConfig, cache: Path, processes: int = 2, devices: int = 2) -> None:
+    def __init__(
+        self, folder: Path, config: config_module.RunConfig, cache: Path, processes: int = 2, devices: int = 2, words: tuple[str, ...] = (), places: tuple[Path, ...] = ()
+    ) -> None:
         folder.mkdir(exist_ok=True, parents=True)
         self.logs = [folder / f"process{index}.log" for index in range(processes)]
         path = folder / "config.yaml"
@@ -48,8 +51,8 @@ class Pod:
             if processes > 1:
                 environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index)}
             with open(log, "w") as out:
-                command = [sys.executable, "-m", "phased_ift_jax.train", str(path)]
-                self.members.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out))
+                command = [sys.executable, "-m", "phased_ift_jax.train", str(path), *words]
+                self.members.append(subprocess.Popen(command, cwd=places[index] if places else ROOT, env=environment, stdout=out, stderr=out))
 
     def codes(self, timeout: float = 240) -> list[int]:
         """Exit codes, once all have ended; what has not ended by then is killed."""
@@ -61,7 +64,8 @@ class Pod:
                 member.kill()
 
     def errors(self, index: int) -> list[str]:
-        return [line for line in re.split(r"[\r\n]+", self.logs[index].read_text(errors="replace")) if line.startswith(("error:", "Traceback", "*** ", "    @", "F1", "F0"))]
+        lines = re.split(r"[\r\n]+", self.logs[index].read_text(errors="replace"))
+        return [line for line in lines if re.match(r"error:|Traceback|\*\*\* |    @|[EF]\d{4} |terminate called", line)]
 
     def wait_for(self, happened: Callable[[], bool], timeout: float = 180) -> None:
         end = time.monotonic() + timeout
@@ -185,13 +189,92 @@ def test_all_stop_at_the_same_step_whoever_is_asked(undisturbed, config_of, cach
     assert_same_result(tmp_path / "run", undisturbed)
 
 
-def test_what_one_refuses_all_refuse(undisturbed, config_of, cache, tmp_path):
-    """A folder at another's work is seen by process 0 only; both end with its line and exit code 2, and none waits for the other."""
+def test_what_process_0_refuses_all_refuse(undisturbed, config_of, cache, tmp_path):
+    """Both end with its line and exit code 2, and none waits for the other."""
     (tmp_path / "file").write_text("")
-    began = time.monotonic()
     pod = Pod(tmp_path, config_of(tmp_path / "file"), cache)
     assert pod.codes(90) == [2, 2], [log.read_text()[-2000:] for log in pod.logs]
-    assert time.monotonic() - began < 90
     for index in (0, 1):
         [line] = pod.errors(index)
         assert re.match("error: output_dir: '.*' is a file; name a folder", line)
+
+
+def test_what_another_process_refuses_all_refuse_before_anything_is_written(undisturbed, rows, cache, tmp_path):  # noqa: F811
+    """A host whose file lacks a row: the run that is there is not put aside, and no new one is begun."""
+    run, places = shutil.copytree(undisturbed, tmp_path / "run"), (tmp_path / "host0", tmp_path / "host1")
+    for place, fewer in zip(places, (0, 1), strict=True):
+        place.mkdir()
+        (place / "rows.jsonl").write_text("".join(rows.read_text().splitlines(keepends=True)[fewer:]))
+    before = sorted((str(path), path.stat().st_mtime_ns) for path in tmp_path.rglob("run*/**/*"))
+    pod = Pod(tmp_path, make_config(rows, run, data__path="rows.jsonl"), cache, words=("--data.path", "rows.jsonl", "--fresh"), places=places)
+    assert pod.codes(90) == [2, 2], [log.read_text()[-2000:] for log in pod.logs]
+    for index in (0, 1):
+        [line] = pod.errors(index)
+        assert "data.path: its rows, scores or bins is not what process 0 has" in line
+    assert sorted((str(path), path.stat().st_mtime_ns) for path in tmp_path.rglob("run*/**/*")) == before
+
+
+def test_saves_by_the_clock_come_once_each(config_of, cache, tmp_path):
+    """What the processes agree on one step late is not answered twice."""
+    config = config_of(tmp_path / "run", checkpoint__save_steps=None, checkpoint__save_minutes=0.02, checkpoint__save_total_limit=1000, training__num_train_epochs=4000)
+    pod = Pod(tmp_path, config, cache)
+    pod.wait_for(lambda: len(list((tmp_path / "run/checkpoints/1-easy").glob("*/manifest.json"))) >= 4)
+    pod.members[1].send_signal(signal.SIGTERM)
+    assert pod.codes(60) == [75, 75]
+    *saved, _ = sorted(int(path.parent.name) for path in (tmp_path / "run/checkpoints/1-easy").glob("*/manifest.json"))
+    assert np.diff(saved).min() > 1, saved
+
+
+LAST_WORDS = b"""E1121 14:36:20.977735    4856 coordination_service.cc:1549] [5] Use error polling to propagate the following error to all tasks: The following tasks are unhealthy (stopped sending heartbeats):
+1
+The tasks have crashed.
+F1121 14:36:20.978967    4867 client.h:80] Terminating process because the JAX distributed service detected fatal errors.
+"""
+
+
+@pytest.mark.parametrize("said", [b"loss 1.0\n", b"\r 3/9 [00:01]\r", b"E0521 08:00:00.000000 1 coordination_service_agent.cc:9] will retry\n"])
+def test_what_a_child_says_is_passed_on_up_to_jaxs_last_words(said, capfd):
+    """In whatever pieces it comes; a line of JAX's that is not its last changes nothing."""
+    for cut in (len(said), len(said) + 40):
+        reading, writing = os.pipe()
+        whole, withheld = said + LAST_WORDS, []
+        os.write(writing, whole[:cut])
+        relaying = threading.Thread(target=processes._relay, args=(reading, withheld))
+        relaying.start()
+        time.sleep(0.1)
+        os.write(writing, whole[cut:])
+        os.close(writing)
+        relaying.join()
+        assert capfd.readouterr().err.encode() + b"".join(withheld) == whole
+        assert b"client.h" in b"".join(withheld)
+        if cut == len(said):
+            assert b"".join(withheld) == LAST_WORDS
+
+
+def test_why_a_child_has_died_is_said_in_a_line():
+    rest = "; everything up to the newest checkpoint is saved: start the same command on every host again"
+    assert processes.epitaph(signal.SIGABRT, LAST_WORDS, joined=True) == f"process 1 of the run is gone{rest}"
+    assert "process 0 of the run, which the others talk through, is gone" in processes.epitaph(signal.SIGABRT, b"coordination: the leader task was preempted", joined=True)
+    assert processes.epitaph(signal.SIGKILL, b"", joined=True) == f"a process of the run was ended by SIGKILL{rest}"
+    lonely = processes.epitaph(signal.SIGABRT, b"F1 client.h:80] coordination service: DEADLINE_EXCEEDED", joined=False)
+    assert re.match(r"the other processes were not found within \d+ s \(.*\); start the same command on every host$", lonely)
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "nonsense", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "nonsense is not host:port"),
+        ({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:9", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "'two'"),
+        ({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:9"}, "JAX_NUM_PROCESSES not set"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE 2"),
+    ],
+)
+def test_an_environment_that_does_not_say_it_all_is_refused(environment, says, tmp_path):
+    """Never is one of several processes taken for the only one."""
+    command = [sys.executable, "-m", "phased_ift_jax.train", str(ROOT / "configs/quickstart.yaml"), "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 2, done.stderr
+    [line] = [line for line in done.stderr.splitlines() if line.strip()]
+    assert line.startswith("error: several processes (")
+    assert says in line
+    assert not (tmp_path / "run").exists()

@@ -26,6 +26,7 @@ from phased_ift_jax.evaluation.forgetting import ForgettingMatrix
 from phased_ift_jax.records import UserError
 from phased_ift_jax.training import loop
 from phased_ift_jax.training.checkpoint import Checkpoints, load_arrays
+from phased_ift_jax.training.metrics import Books
 from phased_ift_jax.training.output import begin_afresh
 from phased_ift_jax.training.plan import make_plan
 from phased_ift_jax.training.schedule import scales
@@ -489,3 +490,22 @@ def test_a_restart_continues_its_run_at_wandb_and_a_fresh_start_does_not(rows, t
     monkeypatch.setenv("WANDB_RUN_ID", "mine")
     train(config)
     assert told[3]["id"] == "mine"
+
+
+def test_tensorboard_has_every_step_that_a_checkpoint_has(rows, tmp_path):
+    """A process may leave at once when all is saved: what is settled is on the disk, not in a queue."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    books = Books(tmp_path, make_config(rows, tmp_path).logging, (0, 0), {})
+    for step in range(1, 6):
+        books.write({"phase": "easy", "phase_index": 1, "step": step, "global_step": step, "loss": 1.0 / step}, ["1"])
+    books.settle()
+    [file] = (tmp_path / "tensorboard").rglob("events.*")
+    content, at, steps = file.read_bytes(), 0, set()
+    while at < len(content):  # TFRecord: length, its CRC, the event, its CRC
+        length = int.from_bytes(content[at : at + 8], "little")
+        event = Event.FromString(content[at + 12 : at + 12 + length])
+        steps |= {event.step for value in event.summary.value if value.tag == "loss"}
+        at += 16 + length
+    assert steps == {1, 2, 3, 4, 5}
+    books.close()

@@ -94,12 +94,16 @@ def prepare(config: RunConfig, fresh: bool = False) -> Run:
     Raises:
         UserError: of whatever is at fault in configuration, model folder, data, or an earlier run in output_dir.
     """
-    processes.check_same("config", dump(config))
     processes.agree(lambda: check_output(config, same_settings=not fresh))
+    run = processes.together(lambda: _read(config))
+    processes.check_same("data.path: its rows, scores or bins", run.dataset.identity)
+    return run
+
+
+def _read(config: RunConfig) -> Run:
     check_reporters(config.logging)
     mesh = make_mesh(config.mesh)
     seen = survey(config, mesh.shape)
-    processes.check_same("data.path", f"rows, scores or bins ({seen.dataset.identity})")
     folder = seen.folder
     if config.model.init == "pretrained":  # only now: of a hub model these are many gigabytes
         folder = open_folder(config.model.model_name_or_path, config.model.revision)
@@ -237,11 +241,11 @@ def _train_phase(
     """Train the steps of a phase from `start` on, saving as configured, and at its end."""
     steps, rates = phase.steps, phase.learning_rates
     before = sum(len(earlier.steps) for earlier in run.plan.phases[: phase.phase.index - 1])
-    rate, saved_at = Rate(peak_flops(list(run.mesh.devices.flat))), time.monotonic()
     for length in dict.fromkeys(row_lengths([phase.lengths[steps[step]] for step in range(start, len(steps))], phase.shapes).tolist()):
         # now, when nothing is unsaved: a request to stop need not wait for a compilation
         trainer.compile_step(phase.shapes.rows, length, phase.training.gradient_accumulation_steps)
         alive()
+    rate, saved_at, saved_step = Rate(peak_flops(list(run.mesh.devices.flat))), time.monotonic(), start
     source = batches(steps, start, run.dataset.examples, phase.shapes, phase.training.gradient_accumulation_steps)
     pending: tuple[dict[str, Any], dict[str, jax.Array], jax.Array | None] | None = None
     wanted = [False, False]  # to stop, to save; of several processes, all see it after the same step: the one before, so that none waits for it
@@ -257,7 +261,8 @@ def _train_phase(
         numbers = {name: float(value) for name, value in metrics.items()}
         alive()
         if votes is not None:
-            wanted = [bool(vote) for vote in np.asarray(votes)]
+            stopping, late = (bool(vote) for vote in np.asarray(votes))
+            wanted = [stopping, late and facts["step"] > saved_step]  # a vote cast before the last save is answered by it
         ids = [run.dataset.records[row].id for row in steps[facts["step"] - 1]]
         skipped = _not_finite(run, phase, facts, numbers, ids)
         line = facts | numbers | rate.lap(facts["tokens"], facts["flops"]) | skipped
@@ -269,9 +274,11 @@ def _train_phase(
 
     def save(position: Position, tree: Any) -> None:
         """What a checkpoint has trained is in the books before the checkpoint is."""
+        nonlocal saved_at, saved_step
         flush()
         books.settle()
         store.save(phase.phase.folder, position, tree)
+        saved_at, saved_step = time.monotonic(), position.step
 
     for step, batch in enumerate(source, start):
         if profile and before + step == profile[0]:
@@ -279,8 +286,8 @@ def _train_phase(
             tracing = True
         learning_rate = put(np.asarray(rates[step], np.float32), "", run.mesh)
         store.check()
-        state, metrics = trainer.step(state, put(batch, BATCH_DIMS, run.mesh), learning_rate)
         stop.began()
+        state, metrics = trainer.step(state, put(batch, BATCH_DIMS, run.mesh), learning_rate)
         votes = None if processes.alone() else highest([bool(stop), _is_late(run, saved_at)], run.mesh)
         flush()
         pending = _facts(run, phase, step, before, batch), metrics, votes
@@ -296,7 +303,7 @@ def _train_phase(
             break
         if any(wanted) or (run.config.checkpoint.save_steps and done % run.config.checkpoint.save_steps == 0):
             save(position, state)
-            saved_at = time.monotonic()
+            wanted[1] = False
         if wanted[0]:
             bar.close()
             store.wait()

@@ -116,6 +116,8 @@ class Books:
         """Have the disk hold every line: before a checkpoint is committed that has trained what they say."""
         for ledger in self._ledgers:
             ledger.settle()
+        if self._tensorboard:
+            self._tensorboard.flush()
 
     def close(self) -> None:
         for ledger in self._ledgers:
@@ -127,7 +129,7 @@ class Books:
 
 
 class Rate:
-    """Tokens and FLOPs per second since the last look; the first step of a row length has its compilation in it."""
+    """Tokens and FLOPs per second since the last look; what was compiled before the first step is not in it."""
 
     def __init__(self, peak: float | None) -> None:
         self._peak = peak
@@ -152,9 +154,10 @@ def whole_lines(path: Path) -> list[dict[str, Any]]:
 def _line(text: bytes) -> dict[str, Any] | None:
     """A line, or None where it was cut off."""
     try:
-        return dict(json.loads(text)) if text.endswith(b"\n") else None
+        line = json.loads(text)
     except ValueError:
         return None
+    return line if text.endswith(b"\n") and isinstance(line, dict) and {"phase_index", "step"} <= line.keys() else None
 
 
 def _tensorboard(folder: Path, purge_step: int) -> Any:
