@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "phased_ift_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
-FLOOR = {"config": 0, "files": 0, "foreign_keys": 0, "records": 0, "sharding": 0, "cli": 0, "data": 1, "models": 1, "scoring": 1, "training": 2, "evaluation": 2}
+FLOOR = {"config": 0, "files": 0, "foreign_keys": 0, "records": 0, "object_store": 0, "sharding": 0, "cli": 0, "data": 1, "models": 1, "scoring": 1, "training": 2, "evaluation": 2}
 VERB = 3  # every other file at the top
 TEXTS = sorted(
     path
