@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from phased_ift_jax import cli, config
+from phased_ift_jax.object_store import SCHEME
 from phased_ift_jax.records import UserError
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ def main(argv: Sequence[str]) -> int:
             for answer in answers[: run_config.evaluation.show_answers]:
                 print(f"\n{name}: {answer.prompt}\n  expected {answer.response!r}\n  answered {answer.answer!r}")
     print(f"\ndone: {run.last_export} loads with transformers.AutoModelForCausalLM", flush=True)
+    if run.config.output_dir.startswith(SCHEME):
+        print(f"all of it lies in {run.config.output_dir}")
     if address := loop.publish(run):
         print(f"uploaded: {address}")
     return 0

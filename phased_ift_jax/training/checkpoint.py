@@ -26,8 +26,8 @@ from orbax.checkpoint import v1 as ocp
 from phased_ift_jax.files import is_full, write_whole
 from phased_ift_jax.records import Failure, UserError
 from phased_ift_jax.sharding import owned
-from phased_ift_jax.training import manifest
-from phased_ift_jax.training.stored import saving_options
+from phased_ift_jax.training import manifest, mirror
+from phased_ift_jax.training.stored import place_of, saving_options
 
 Tree = TypeVar("Tree")
 NOTE = "newest_checkpoint"  # beside checkpoints/: what was saved last, so that a folder that is gone is no fresh start
@@ -120,14 +120,15 @@ class Checkpoints:
             path.parent.mkdir(parents=True, exist_ok=True)
             manifest.mark(path).touch()
             with saving_options():
-                saving = ocp.save_async(path.absolute(), tree, overwrite=True)
+                saving = ocp.save_async(place_of(path, begin=True), tree, overwrite=True)
         except Exception as error:
             raise _failed(path, error) from error
         facts = asdict(position) | {"identity": self.identity, "versions": versions(), "base": str(self.base.absolute()) if self.base else None}
         self._saving = self._thread.submit(self._commit, saving, path, facts)
 
     def check(self) -> None:
-        """Raise `SaveFailed` as soon as the save under way is known to have failed, rather than with the next one."""
+        """Raise `SaveFailed` as soon as the save under way is known to have failed, rather than with the next one, and `LeaseLost` likewise."""
+        mirror.check(self.root)
         if self._saving is not None and self._saving.done():
             self.wait()
 
@@ -191,7 +192,7 @@ def load_arrays(path: Path, shapes: Tree, shardings: Tree) -> Tree:
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
-        restored = ocp.load(path.absolute(), abstract)
+        restored = ocp.load(place_of(path), abstract)
     return owned(restored, shardings)
 
 

@@ -33,7 +33,7 @@ from phased_ift_jax.models.decoder import Params
 from phased_ift_jax.models.hf_folder import Folder, open_folder
 from phased_ift_jax.records import Failure, UserError
 from phased_ift_jax.sharding import batch_rows, make_mesh, put
-from phased_ift_jax.training import conversion
+from phased_ift_jax.training import conversion, mirror
 from phased_ift_jax.training.checkpoint import Checkpoints, Position, SaveFailed, load_arrays
 from phased_ift_jax.training.interrupts import stop_requests, watchdog
 from phased_ift_jax.training.metrics import MetricsLog, Rate, check_reporters, peak_flops
@@ -82,7 +82,7 @@ class Run:
 
     @property
     def output(self) -> Path:
-        return Path(self.config.output_dir).expanduser()
+        return mirror.folder_of(self.config.output_dir)
 
     @property
     def last_export(self) -> Path:
@@ -152,7 +152,7 @@ def train(run: Run, report: Callable[[str, Evaluation], None], reported: Callabl
         UserError: the run in output_dir was made with other settings or other data, is damaged, or another process is at it.
     """
     run.output.mkdir(parents=True, exist_ok=True)
-    with sole_writer(run.output), watchdog(run.config.logging.hang_minutes) as alive:
+    with sole_writer(run.output), mirror.held(run.config.output_dir, run.output), watchdog(run.config.logging.hang_minutes) as alive:
         check_output(run.config, look=False)  # again: another process may have been here since `prepare`
         try:
             _train(run, report, reported, profile, alive)
@@ -164,14 +164,15 @@ def train(run: Run, report: Callable[[str, Evaluation], None], reported: Callabl
 
 def _train(run: Run, report: Callable[[str, Evaluation], None], reported: Callable[[str], bool], profile: tuple[int, int] | None, alive: Callable[[], None]) -> None:
     store = Checkpoints(run.output / "checkpoints", run.dataset.identity, run.config.checkpoint.save_total_limit, run.folder.path)
-    found = store.newest()
+    if found := store.newest():
+        mirror.restore(found[1])
     if found is None and (any((run.output / "hf").glob("*")) or any(reported(phase.phase.folder) for phase in run.plan.phases)):
         raise UserError(f"output_dir: '{run.output}' holds results but no whole checkpoint to go on from; name another folder, or start again with --fresh")
     for path, fault in store.damaged.items():
-        print(f"'{path}' is damaged: {fault}; it is set aside, and the checkpoint before it is used", flush=True)
+        print(f"'{mirror.shown(path)}' is damaged: {fault}; it is set aside, and the checkpoint before it is used", flush=True)
     position = found[0] if found else Position(0, 0, 0, complete=True)
     if found:
-        print(f"going on from {found[1]} ({'phase complete' if position.complete else f'epoch {position.epoch + 1}'})", flush=True)
+        print(f"going on from {mirror.shown(found[1])} ({'phase complete' if position.complete else f'epoch {position.epoch + 1}'})", flush=True)
     store.set_aside()
     write_whole(run.output / "config.yaml", dump(run.config))
     write_whole(run.output / "plan.json", json.dumps({"phases": [_outline(phase) for phase in run.plan.phases]}, indent=1) + "\n")
@@ -214,6 +215,7 @@ def publish(run: Run) -> str | None:
     if not run.config.export.push_to_hub:
         return None
     assert run.config.export.hub_model_id is not None, "the config sees to it"
+    mirror.fetch(run.last_export)
     return hub.push(run.last_export, run.config.export.hub_model_id)
 
 
@@ -347,6 +349,7 @@ def _finish_phase(run: Run, phase: PhasePlan, trainer: Trainer, store: Checkpoin
         del params
     if export:
         conversion.to_hf(conversion.Source(path, run.folder, run.output), destination, run.config.export.dtype, verify=False)
+        mirror.export(destination)
 
 
 def _not_finite(run: Run, phase: PhasePlan, facts: dict[str, Any], numbers: dict[str, float]) -> dict[str, Any]:
