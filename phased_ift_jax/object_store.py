@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,7 +87,8 @@ class Objects:
         """Every object whose name begins so, by name."""
 
         def listed() -> dict[str, Facts]:
-            return {blob.name.removeprefix(self.prefix + "/"): _facts(blob) for blob in self._client.list_blobs(self._bucket, prefix=f"{self.prefix}/{prefix}", retry=_retry(), fields=LISTED)}
+            blobs = self._client.list_blobs(self._bucket, prefix=f"{self.prefix}/{prefix}", retry=_retry(), fields=LISTED)
+            return {blob.name.removeprefix(f"{self.prefix}/"): _facts(blob) for blob in blobs}
 
         return self._told("listed", prefix, listed)
 
@@ -165,10 +167,8 @@ class Objects:
 
         def one(name: str) -> None:
             def gone() -> None:
-                try:
+                with suppress(NotFound, PreconditionFailed):
                     self._bucket.blob(self._name(name)).delete(if_generation_match=generation, retry=_retry())
-                except (NotFound, PreconditionFailed):
-                    pass
 
             self._told("removed", name, gone)
 
@@ -302,10 +302,8 @@ class Lease:
         if self._thread.is_alive():
             self._thread.join()
         if self._lost is None:
-            try:
+            with suppress(StoreError):
                 self._objects.delete([LEASE], self._generation)
-            except StoreError:
-                pass
 
     def _write(self) -> None:
         with self._writing:
@@ -318,7 +316,8 @@ class Lease:
             try:
                 self._write()
             except Changed:
-                return self._lose()
+                self._lose()
+                break
             except StoreError:
                 continue  # the next renewal, or the commit of a checkpoint, will tell
 

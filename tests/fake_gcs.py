@@ -261,9 +261,11 @@ class Handler(BaseHTTPRequestHandler):
         body = json.dumps(content).encode() if content is not None else body
         if status in (204, 304):  # have none, by the law of HTTP
             self.send_response(status)
-            return self.end_headers()
+            self.end_headers()
+            return
         self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body)), "Content-Type": "application/json" if content is not None else "application/octet-stream"} | (headers or {})).items():
+        kind = "application/octet-stream" if content is None else "application/json"
+        for name, value in ({"Content-Length": str(len(body)), "Content-Type": kind} | (headers or {})).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -77,11 +78,9 @@ def test_of_many_writers_of_one_name_one_wins(objects):
     won: list[int] = []
 
     def write(number: int) -> None:
-        try:
+        with contextlib.suppress(Changed):
             objects.write("x", f"{number}".encode(), over=0)
             won.append(number)
-        except Changed:
-            pass
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
     for thread in threads:
@@ -132,9 +131,9 @@ def test_damage_on_the_way_is_found(objects, gcs, tmp_path):
     real = fake_gcs.Object.crc32c
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fake_gcs.Object, "crc32c", property(lambda self: object_store.crc32c(b"other")))
-        with pytest.raises(StoreError, match="cannot be read: .*hecksum"):
+        with pytest.raises(StoreError, match=r"cannot be read: .*hecksum"):
             objects.read("x")
-        with pytest.raises(StoreError, match="cannot be read: .*hecksum"):
+        with pytest.raises(StoreError, match=r"cannot be read: .*hecksum"):
             objects.download([("x", tmp_path / "x")])
     assert fake_gcs.Object.crc32c is real
 
@@ -154,21 +153,23 @@ def test_without_the_client_the_line_says_what_to_install(monkeypatch):
 
 
 def test_without_credentials_the_line_says_where_they_come_from(tmp_path):
-    program = "from phased_ift_jax.object_store import Objects\nfrom phased_ift_jax.records import UserError\ntry:\n    Objects('gs://bucket/run')\nexcept UserError as error:\n    print(error)"
+    program = "from phased_ift_jax import cli, object_store\ncli.run(lambda argv: object_store.Objects(argv[0]), ['gs://bucket/run'])"
     bare = {"HOME": str(tmp_path), "PATH": "", "NO_GCE_CHECK": "true"}
-    told = subprocess.run([sys.executable, "-c", program], env=bare, capture_output=True, text=True, check=True, timeout=60, cwd=Path(__file__).parents[1]).stdout
-    assert told.startswith("output_dir: no credentials for gs:// are found")
+    told = subprocess.run([sys.executable, "-c", program], env=bare, capture_output=True, text=True, check=False, timeout=60, cwd=Path(__file__).parents[1])
+    assert told.returncode == 2
+    assert "output_dir: no credentials for gs:// are found" in told.stderr
 
 
 def test_nothing_of_google_is_imported_before_it_is_needed():
-    program = "import sys\nimport phased_ift_jax.object_store, phased_ift_jax.training.mirror, phased_ift_jax.status\nassert not [name for name in sys.modules if name.startswith('google.cloud')]"
+    program = "import sys\nimport phased_ift_jax.training.mirror, phased_ift_jax.status\nassert not [name for name in sys.modules if name.startswith('google.cloud')]"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 def test_a_lease_is_one_holders(objects):
     """Another is told who has it and until when; the same takes it over at once, and what had it before is fenced."""
     first = Lease(objects, "tpu-a", 60).acquire()
-    with pytest.raises(UserError, match=r"^output_dir: tpu-a \(process \d+ on .*\), until 20.* unless renewed, is at work in 'gs://bucket/runs/one'; wait for it to end, or choose another output_dir$"):
+    line = r"^output_dir: tpu-a \(process \d+ on .*\), until 20.* unless renewed, is at work in 'gs://bucket/runs/one'; wait for it to end, or choose another output_dir$"
+    with pytest.raises(UserError, match=line):
         Lease(objects, "tpu-b", 60).acquire()
     first.confirm()
     second = Lease(objects, "tpu-a", 60).acquire()
@@ -210,11 +211,9 @@ def test_a_lease_that_is_renewed_does_not_expire(objects):
 def test_a_renewal_finds_that_the_run_was_taken_over(objects):
     first = Lease(objects, "tpu-a", 0.4).acquire()
     second = Lease(objects, "tpu-a", 60).acquire()
-    deadline = time.monotonic() + 10
+    time.sleep(1.5)
     with pytest.raises(LeaseLost):
-        while time.monotonic() < deadline:
-            first.check()
-            time.sleep(0.05)
+        first.check()
     first.release()
     assert json.loads(objects.read(LEASE))["token"] == second.token, "what is fenced removes nothing"
     second.release()
@@ -238,10 +237,8 @@ def test_of_many_that_take_an_expired_lease_one_has_it(objects, gcs):
     have: list[Lease] = []
 
     def take(number: int) -> None:
-        try:
+        with contextlib.suppress(UserError):
             have.append(Lease(objects, f"tpu-{number}", 60).acquire())
-        except UserError:
-            pass
 
     threads = [threading.Thread(target=take, args=(number,)) for number in range(6)]
     for thread in threads:

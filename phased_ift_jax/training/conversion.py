@@ -174,12 +174,13 @@ def to_hf(source: Source, destination: Path, dtype: str | None = None, progress:
     _check_space(destination, total)
     texts |= {PROVENANCE: json.dumps({"source": mark} | facts, indent=1) + "\n"}
     export(tensors, base, destination, dtype=dtype, texts=texts, source=mark, done=progress(total))
+    mirror.export(destination)
     return True
 
 
 def check_export(folder: Path) -> None:
     """Raise `UserError` where the weights of an export are not what their headers and index say."""
-    if (folder / mirror.UPLOADED).exists():
+    if mirror.uploaded(folder).exists():
         return  # it was compared with its listing when the run started
     try:
         Tensors(folder)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import io
-import posixpath
-from collections.abc import Iterator
 from typing import IO, Any
 
 from etils import epath
@@ -49,17 +47,6 @@ class _Bucket(backend.Backend):
             found = [f"{folder}/{name}" for folder in found for name in self.listdir(folder) if fnmatch.fnmatchcase(name, part)]
         return found
 
-    def walk(self, top: Any, *, top_down: bool = True, on_error: Any = None) -> Iterator[Any]:
-        begin = _name(top) + "/"
-        folders: dict[str, tuple[set[str], list[str]]] = {"": (set(), [])}
-        for name in self._at(top).list(begin):
-            *within, last = name.removeprefix(begin).split("/")
-            for depth, part in enumerate(within):
-                folders.setdefault("/".join(within[:depth]), (set(), []))[0].add(part)
-            folders.setdefault("/".join(within), (set(), []))[1].append(last)
-        for folder in sorted(folders, key=lambda name: name.count("/") * (1 if top_down else -1)):
-            yield posixpath.join(str(top), folder).rstrip("/"), sorted(folders[folder][0]), folders[folder][1]
-
     def makedirs(self, path: Any, *, exist_ok: bool = False, mode: int | None = None) -> None:
         if not exist_ok and self.exists(path):
             raise FileExistsError(f"'{path}' is there already")
@@ -72,13 +59,10 @@ class _Bucket(backend.Backend):
     def remove(self, path: Any) -> None:
         self._at(path).delete([_name(path)])
 
-    def rename(self, path: Any, dst: Any) -> None:
-        raise NotImplementedError(f"a bucket knows no rename: '{path}' to '{dst}'")
+    def _refused(self, *paths: Any, **_: Any) -> Any:
+        raise NotImplementedError(f"nothing is renamed, copied or walked through in a bucket: {paths}")
 
-    replace = rename
-
-    def copy(self, path: Any, dst: Any, overwrite: bool) -> None:
-        raise NotImplementedError(f"nothing is copied within a bucket: '{path}' to '{dst}'")
+    rename = replace = copy = walk = _refused
 
     def stat(self, path: Any) -> stat_utils.StatResult:
         facts = self._at(path).facts(_name(path))

@@ -215,8 +215,7 @@ def publish(run: Run) -> str | None:
     if not run.config.export.push_to_hub:
         return None
     assert run.config.export.hub_model_id is not None, "the config sees to it"
-    mirror.fetch(run.last_export)
-    return hub.push(run.last_export, run.config.export.hub_model_id)
+    return hub.push(mirror.fetched(run.last_export), run.config.export.hub_model_id)
 
 
 def evaluate(run: Run, params: Params) -> Evaluation:
@@ -349,7 +348,6 @@ def _finish_phase(run: Run, phase: PhasePlan, trainer: Trainer, store: Checkpoin
         del params
     if export:
         conversion.to_hf(conversion.Source(path, run.folder, run.output), destination, run.config.export.dtype, verify=False)
-        mirror.export(destination)
 
 
 def _not_finite(run: Run, phase: PhasePlan, facts: dict[str, Any], numbers: dict[str, float]) -> dict[str, Any]:

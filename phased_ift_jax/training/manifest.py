@@ -30,7 +30,8 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
         bucket.settle(folder)
         text = _text(facts | {"files": bucket.contents(folder)})
         bucket.commit(folder, text)
-        return write_whole(folder / MANIFEST, text)
+        write_whole(folder / MANIFEST, text)
+        return
     names = _names(folder)
     with ThreadPoolExecutor() as pool:
         hashes = dict(zip(names, pool.map(lambda name: _look(folder / name), names), strict=True))

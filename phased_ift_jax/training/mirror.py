@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from phased_ift_jax.files import LOCK, write_whole
@@ -23,7 +23,6 @@ from phased_ift_jax.records import Failure, UserError
 MANIFEST = "manifest.json"
 LEDGERS = "ledgers"
 SNAPSHOT = ".snapshot"
-UPLOADED = ".uploaded.json"  # in an export's folder: it is whole in the bucket, and of which objects it is made
 NEWEST = "newest_checkpoint"
 CHECKPOINT = re.compile(r"(checkpoints/[^/]+/[0-9]+)/(.+)")
 MARK = re.compile(r"(checkpoints/[^/]+/)\.([0-9]+)\.under-way")
@@ -42,6 +41,11 @@ def folder_of(output_dir: str) -> Path:
     return work / hashlib.sha256(f"{bucket}/{name}".encode()).hexdigest()[:16] / name.rpartition("/")[2]
 
 
+def uploaded(export: Path) -> Path:
+    """A file beside an export's folder: it is whole in the bucket, and these are its objects."""
+    return export.with_name(f".{export.name}.uploaded.json")
+
+
 def of(path: Path) -> Mirror | None:
     """The mirror that a path lies in; None where it is simply a path on a disk."""
     return next((mirror for folder, mirror in _opened.items() if path.absolute().is_relative_to(folder)), None)
@@ -54,8 +58,10 @@ def shown(path: Path) -> str:
 
 
 @contextmanager
-def held(output_dir: str, folder: Path) -> Iterator[None]:
+def held(output_dir: str, folder: Path, writer: bool = True) -> Iterator[None]:
     """Where a run's output_dir is an address: hold its lease, and bring into the folder what lies there. On a disk nothing is to do.
+
+    Of several processes one is the writer; the others save and load arrays, and know the address for that.
 
     Raises:
         UserError: another run holds it.
@@ -65,6 +71,10 @@ def held(output_dir: str, folder: Path) -> Iterator[None]:
         yield
         return
     objects = Objects(output_dir)
+    if not writer:
+        with Mirror(objects, folder).open():
+            yield
+        return
     mirror = Mirror(objects, folder, Lease(objects).acquire())
     try:
         mirror.pull()
@@ -111,10 +121,9 @@ class Mirror:
                 wanted |= {name} if SMALL.fullmatch(match[2]) else set()
         self.objects.download((name, self.folder / name) for name in wanted)
         for name in listing:
-            if (match := re.fullmatch(r"(hf/[^/]+)\.json", name)) and (content := self.objects.read(name)):
-                if self._look(match[1], listing) == json.loads(content)["files"]:
-                    (self.folder / match[1]).mkdir(parents=True)
-                    write_whole(self.folder / match[1] / UPLOADED, content.decode())
+            if (match := re.fullmatch(r"(hf/[^/]+)\.json", name)) and self.objects.read(name) == (text := self._inventory(match[1], listing)).encode():
+                (self.folder / match[1]).mkdir(parents=True)
+                write_whole(uploaded(self.folder / match[1]), text)
 
     def restore(self, checkpoint: Path) -> None:
         """Bring in the ledgers as they were with a checkpoint. What was measured since then is of weights that were saved, and stays."""
@@ -178,11 +187,11 @@ class Mirror:
         self.objects.upload((f"{name}/{path.relative_to(folder)}", path) for path in folder.rglob("*") if path.is_file())
         if self.lease is not None:
             self.lease.confirm()
-        text = json.dumps({"address": f"{self.objects.address}/{name}", "files": {inside: facts for inside, facts in self._look(name).items()}}, indent=1) + "\n"
+        text = self._inventory(name)
         self.objects.write(f"{name}.json", text.encode())
-        write_whole(folder / UPLOADED, text)
-        for earlier in folder.parent.glob(f"*/{UPLOADED}"):
-            for weights in earlier.parent.glob("*.safetensors") if earlier.parent != folder else ():
+        write_whole(uploaded(folder), text)
+        for weights in folder.parent.glob("*/*.safetensors"):
+            if weights.parent != folder and uploaded(weights.parent).exists():
                 weights.unlink()
         self.publish()
 
@@ -193,11 +202,9 @@ class Mirror:
     def close(self) -> None:
         """The last word of a run that ends, however it does, and the lease is another's."""
         assert self.lease is not None
-        try:
+        with suppress(Failure):  # the error that ends the run is said, not this one; what a start needs is in the checkpoints
             self.lease.confirm()
             self.publish()
-        except (StoreError, Failure):
-            pass  # the error that ends the run is said, not this one; what a start needs is in the checkpoints
         self.lease.release()
 
     def _ledgers(self) -> list[Path]:
@@ -213,6 +220,10 @@ class Mirror:
         if there := self.objects.list(f"{name}/"):
             self.objects.delete([f"{name}/{MANIFEST}"])
             self.objects.delete(there)
+
+    def _inventory(self, name: str, listing: dict[str, Facts] | None = None) -> str:
+        """What an export is made of, as the object that makes it whole says it."""
+        return json.dumps({"address": f"{self.objects.address}/{name}", "files": self._look(name, listing)}, indent=1) + "\n"
 
     def _look(self, name: str, listing: dict[str, Facts] | None = None) -> dict[str, list[object]]:
         listing = self.objects.list(f"{name}/") if listing is None else listing
@@ -244,11 +255,12 @@ def export(folder: Path) -> None:
         mirror.export(folder)
 
 
-def fetch(folder: Path) -> None:
-    """Bring back the files of an export that an earlier start of the run has uploaded."""
-    if (folder / UPLOADED).exists():
-        facts = json.loads((folder / UPLOADED).read_text(encoding="utf-8"))
+def fetched(folder: Path) -> Path:
+    """An export's folder, with the files in it that an earlier start of the run has uploaded."""
+    if uploaded(folder).exists():
+        facts = json.loads(uploaded(folder).read_text(encoding="utf-8"))
         Objects(facts["address"]).download((name, folder / name) for name in facts["files"] if not (folder / name).exists())
+    return folder
 
 
 @contextmanager
@@ -258,6 +270,12 @@ def picture(address: str) -> Iterator[Path]:
 
     with TemporaryDirectory(prefix="phased_ift_jax-") as work:
         mirror = Mirror(Objects(address), Path(work))
-        mirror.pull()
+        for last in (False, False, True):
+            try:
+                mirror.pull()
+                break
+            except StoreError:  # what was listed may be removed before it is read
+                if last:
+                    raise
         with mirror.open() as folder:
             yield folder

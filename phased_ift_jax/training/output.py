@@ -77,7 +77,11 @@ def _check_address(config: RunConfig, objects: Objects, same_settings: bool, loo
         if any(name not in (LEASE, "config.yaml") for name in objects.list()):
             raise UserError(f"output_dir: '{objects.address}' is not empty and holds no run; name another address")
     elif same_settings:
-        _check_settings(config, RunConfig.model_validate(yaml.safe_load(saved)), objects.address)
+        try:
+            then = RunConfig.model_validate(yaml.safe_load(saved))
+        except (ValueError, yaml.YAMLError):
+            raise UserError(f"output_dir: '{objects.address}/config.yaml' is no configuration of this version; restore it, or name another output_dir") from None
+        _check_settings(config, then, objects.address)
 
 
 def _check_settings(config: RunConfig, saved: RunConfig, output: str) -> None:
