@@ -10,6 +10,7 @@ import argparse
 import difflib
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,12 +20,12 @@ from phased_ift_jax.records import Failure, UserError
 
 VERBS = {
     "train": "train a model in phases, or at once",
+    "plan": "what a run will do, before it does it",
     "convert": "models between Hugging Face folders and orbax checkpoints",
     "status": "how far a run is, and what its next start will do",
     "inspect": "what a model is and whether it can be trained, without loading it",
     "fetch": "download scored Alpaca, raw Alpaca or the test sets",
 }
-STOPPED = 75
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,6 +36,42 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}; --help lists what is known")
+
+
+def parse_with_keys(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+    """What a parser's own arguments are, and (key, YAML value) for every key of the configuration that is given as a flag.
+
+    Raises:
+        UserError: a flag is neither; the line names the nearest that is known.
+    """
+    from phased_ift_jax import config
+
+    own = [action.dest for action in parser._actions]
+    keys = parser.add_argument_group("keys of the configuration, each of which may be given as a flag with a YAML value")
+    for key, default, description in config.fields():
+        keys.add_argument(f"--{key}", metavar="VALUE", default=argparse.SUPPRESS, help=f"{description} [{default}]".replace("%", "%%"))
+    # its keys exclude each other, so that one of them alone could not be overridden
+    bins = "all of curriculum.bins at once, such as '{by: length, quantiles: [0.5]}'"
+    keys.add_argument("--curriculum.bins", metavar="MAPPING", default=argparse.SUPPRESS, help=bins)
+    options, rest = parser.parse_known_args(argv)
+    if rest:
+        raise UserError(_unknown(parser, rest[0], own))
+    return options, [(key, value) for key, value in vars(options).items() if key not in own]
+
+
+def _unknown(parser: Parser, word: str, own: list[str]) -> str:
+    from phased_ift_jax import config
+
+    if not word.startswith("--"):
+        return f"{parser.prog}: what is {word!r}? CONFIG is expected, then flags such as --training.learning_rate 1e-5"
+    key = word[2:].partition("=")[0]
+    known = [name for name, _, _ in config.fields()] + own
+    section, _, last = key.rpartition(".")
+    siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
+    if siblings:
+        return config.unknown_key_message(last, siblings, f"{section}." if section else "")
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "; --help lists all")
 
 
 def underscored(argv: Sequence[str]) -> list[str]:
@@ -54,7 +91,7 @@ def table(rows: Sequence[Sequence[object]]) -> str:
 
 
 def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a verb and leave the process with its exit code."""
+    """Run a verb and leave the process with its exit code; without `argv` the process is the verb's, with the words that it was started with."""
     try:
         code = main(underscored(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -68,6 +105,9 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         code = 130
+    if argv is None:
+        for number in (signal.SIGINT, signal.SIGTERM):  # the verb has ended, and how it did stands: Python's own end is no part of it
+            signal.signal(number, signal.SIG_IGN)
     raise SystemExit(code)
 
 
@@ -84,5 +124,5 @@ def main() -> NoReturn:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         print(f"error: unknown verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(VERBS)}"), file=sys.stderr)
         raise SystemExit(2)
-    sys.argv[0] = str(Path(sys.argv[0]).with_name(f"phased-ift {verb}"))
-    run(importlib.import_module(f"phased_ift_jax.{verb}").main, rest)
+    sys.argv = [str(Path(sys.argv[0]).with_name(f"phased-ift {verb}")), *rest]
+    run(importlib.import_module(f"phased_ift_jax.{verb}").main)

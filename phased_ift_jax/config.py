@@ -139,6 +139,8 @@ class CurriculumConfig(Section):
                 TrainingConfig.model_validate(phase.overrides)
             except ValidationError as error:
                 raise ValueError(f"phase {phase.name!r}: " + "; ".join(_faults(error, TrainingConfig, "training."))) from None
+            if "deterministic" in phase.overrides:
+                raise ValueError(f"phase {phase.name!r}: deterministic holds for a whole run; set training.deterministic")
         return self
 
     @property
@@ -163,6 +165,7 @@ class TrainingConfig(Section):
     adam_epsilon: float = Field(1.0e-8, gt=0, description="added to the root of Adam's second moment")
     on_nonfinite: Literal["stop", "skip"] = Field("stop", description="a loss or gradient that is no finite number ends the run, or its step is left out and counted")
     max_grad_norm: float = Field(1.0, gt=0, description="global gradient norm above which gradients are scaled down")
+    deterministic: bool = Field(False, description="on GPUs, the same bits every time, at some cost in speed; CPUs and TPUs do that anyway")
 
     @model_validator(mode="after")
     def _steps(self) -> Self:

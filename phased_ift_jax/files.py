@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import shutil
 import socket
@@ -98,6 +99,12 @@ def _lock(folder: Path) -> int:
             os.close(handle)
             raise
         os.close(handle)
+
+
+def set_aside(path: Path, word: str) -> Path:
+    """Rename a file or folder to `<word>-<name>`, numbered where that is taken; returns its new path."""
+    names = itertools.chain([f"{word}-{path.name}"], (f"{word}-{path.name}.{number}" for number in itertools.count(1)))
+    return path.rename(next(aside for name in names if not (aside := path.with_name(name)).exists()))
 
 
 def settle(path: Path) -> None:

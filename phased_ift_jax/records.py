@@ -1,4 +1,4 @@
-"""The types that travel between rooms, one per stage of the data (floor 0: knows numpy and nothing else of ours).
+"""The types that travel between rooms, one per stage of the data (floor 0: imports nothing).
 
 Every stage has its own type, and no field is "not yet filled in": a record without a score is an
 `InstructionRecord`, one with a score is a `ScoredRecord`.
@@ -7,9 +7,10 @@ Every stage has its own type, and no field is "not yet filled in": a record with
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Failure(Exception):

@@ -6,7 +6,7 @@ borders only: parameters by `tree_shardings`, batches by `put`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,24 +37,30 @@ AXES: Mapping[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes data, fsdp and tensor over all devices (or those given).
+def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    """The sizes of the axes data, fsdp and tensor over so many devices.
 
     Raises:
-        UserError: the axis sizes do not multiply to the number of devices.
+        UserError: they do not multiply to the number of devices.
     """
+    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    if devices % fixed or (-1 not in sizes.values() and fixed != devices):
+        asked = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise UserError(f"mesh: {asked} does not make {devices} devices; set one axis to -1 to take those that remain")
+    return {name: devices // fixed if size == -1 else size for name, size in sizes.items()}
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes data, fsdp and tensor over all devices (or those given); raises `UserError` as `mesh_sizes` does."""
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
-    fixed = int(np.prod([size for size in sizes if size != -1]))
-    if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
-        raise UserError(f"mesh: data {sizes[0]} x fsdp {sizes[1]} x tensor {sizes[2]} does not make {len(devices)} devices; set one axis to -1 to take those that remain")
-    sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
-    return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    sizes = mesh_sizes(config, len(devices))
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def batch_rows(mesh: Mesh) -> int:
-    """How many devices share the rows of a batch: its row count must be a multiple of this."""
-    return int(mesh.shape["data"] * mesh.shape["fsdp"])
+def batch_rows(sizes: Mapping[str, int]) -> int:
+    """How many devices share the rows of a batch, given the sizes of the mesh's axes: its row count must be a multiple of this."""
+    return sizes["data"] * sizes["fsdp"]
 
 
 def spec(dims: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -91,6 +97,19 @@ def owned(tree: Tree, shardings: Any) -> Tree:
         return copy
 
     return jax.tree.map(one, tree, shardings)
+
+
+def highest(numbers: Sequence[float], mesh: Mesh) -> jax.Array:
+    """The elementwise largest of what the processes give, the same on all of them. It is computed after the steps before it, and holds up none."""
+    mine = np.asarray(numbers, np.float32)
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    given = jax.make_array_from_callback((mesh.size, len(mine)), sharding, lambda _: mine[None])
+    return _maximum(mesh)(given)
+
+
+@cache
+def _maximum(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda given: jnp.max(given, axis=0), out_shardings=replicated(mesh))
 
 
 @cache

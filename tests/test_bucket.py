@@ -169,6 +169,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(gcs, stopped, ro
     said = capsys.readouterr().out
     assert f"'{ADDRESS}/checkpoints/2-medium/4' is damaged: {victim.partition('/4/')[2]} has other content than was saved" in said
     assert f"going on from {ADDRESS}/checkpoints/2-medium/2" in said
+    assert gcs.objects("runs/run/hf/2-medium.json")
     assert_same_result(run.output, undisturbed)
 
 
@@ -209,6 +210,23 @@ def test_passing_faults_are_not_noticed(gcs, rows, undisturbed, monkeypatch, sta
         gcs.fail(r"GET|LIST|(POST|DELETE) .*(ledgers|manifest.json|under-way|lease)", status, times=1, skip=skip)
     assert_same_result(train(make_config(rows, ADDRESS)).output, undisturbed)
     assert not any(fault.times for fault in gcs.faults)
+
+
+def test_what_was_exported_from_weights_that_are_gone_is_made_again(gcs, rows, undisturbed, tmp_path, monkeypatch):  # noqa: F811
+    """The run is back in its last phase: its export there counts no more, and an end that is the same makes the same."""
+    train(make_config(rows, ADDRESS))
+    [victim] = [name for name in gcs.objects("runs/run/checkpoints/3-hard/") if name.endswith("state/_METADATA")]
+    gcs.flip(victim)
+    exports = gcs.buckets["bucket"]["runs/run/hf/3-hard.json"].generation
+    move(monkeypatch, tmp_path, "another machine")
+    assert_same_result(train(make_config(rows, ADDRESS)).output, undisturbed)
+    assert gcs.buckets["bucket"]["runs/run/hf/3-hard.json"].generation > exports
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_stops_nothing(gcs, rows, undisturbed, capfd):  # noqa: F811
+    gcs.fail("DELETE .*/1-easy/3/manifest.json", 403)
+    assert_same_result(train(make_config(rows, ADDRESS)).output, undisturbed)
+    assert "warning: an old checkpoint cannot be removed: 'gs://bucket/runs/run/checkpoints/1-easy/3/manifest.json' cannot be removed" in capfd.readouterr().err
 
 
 def test_one_process_trains_at_an_address(gcs, rows, undisturbed, monkeypatch, tmp_path, capsys):  # noqa: F811

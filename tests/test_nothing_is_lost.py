@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 from test_run import Crash, assert_same_result, crash_in_step, final_weights, make_config, metrics, rows, train, undisturbed  # noqa: F401
 
-from phased_ift_jax import cli
+from phased_ift_jax import cli, interrupts
 from phased_ift_jax import config as config_module
 from phased_ift_jax import convert as convert_verb
 from phased_ift_jax import status as status_verb
 from phased_ift_jax import train as train_verb
 from phased_ift_jax.files import sole_writer
 from phased_ift_jax.records import UserError
-from phased_ift_jax.training import checkpoint, interrupts, loop, manifest, output
+from phased_ift_jax.training import checkpoint, loop, manifest, output
 from phased_ift_jax.training.checkpoint import Checkpoints, SaveFailed
 from phased_ift_jax.training.status import status
 
@@ -408,3 +408,18 @@ def test_fresh_is_a_flag(rows, stopped, tmp_path, capsys, monkeypatch):  # noqa:
     assert seen == [(8, False)]
     assert f"is now in '{tmp_path / 'run.1'}'" in capsys.readouterr().out
     assert (tmp_path / "run.1/config.yaml").exists()
+
+
+def test_what_was_made_of_a_phase_that_is_trained_again_is_made_again(rows, undisturbed, tmp_path, capsys):  # noqa: F811
+    """After a fallback behind the end of a phase, its figures and its export are those of the weights that are there then; the old export is kept."""
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    for phase in ("2-medium", "3-hard"):
+        truncate(max(all_files(run / "checkpoints" / phase), key=lambda file: file.stat().st_size))
+    (run / "hf/2-medium/model.safetensors").write_bytes(b"of other weights")
+    train(make_config(rows, run))
+    assert f"what was exported from 2-medium is now in '{run / 'hf/before-2-medium'}'" in capsys.readouterr().out
+    assert (run / "hf/before-2-medium/model.safetensors").read_bytes() == b"of other weights"
+    assert (run / "hf/2-medium/model.safetensors").read_bytes() == (undisturbed / "hf/2-medium/model.safetensors").read_bytes()
+    for name in ("forgetting.json", "trained_ids.jsonl"):
+        assert (run / name).read_text() == (undisturbed / name).read_text()
+    assert metrics(run) == metrics(undisturbed)

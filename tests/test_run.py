@@ -25,7 +25,9 @@ from phased_ift_jax.evaluation.forgetting import ForgettingMatrix
 from phased_ift_jax.records import UserError
 from phased_ift_jax.training import loop
 from phased_ift_jax.training.checkpoint import Checkpoints, load_arrays
+from phased_ift_jax.training.plan import make_plan
 from phased_ift_jax.training.schedule import scales
+from phased_ift_jax.training.step import Trainer
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 ROOT = Path(__file__).parent.parent
@@ -61,8 +63,7 @@ def make_config(rows: Path, output: Path, **changes) -> config_module.RunConfig:
 
 def train(config: config_module.RunConfig) -> loop.Run:
     run = loop.prepare(config)
-    matrix = ForgettingMatrix(run.output / "forgetting.json")
-    loop.train(run, lambda after, evaluation: matrix.add(after, loss=evaluation.losses), matrix.__contains__)
+    loop.train(run, train_verb.Results(ForgettingMatrix(run.output / "forgetting.json")))
     return run
 
 
@@ -271,7 +272,7 @@ def test_arms_share_held_out_rows_and_train_what_they_say(rows, tmp_path):
 def test_each_phase_trains_its_ids_once_an_epoch_in_the_same_order_on_any_number_of_devices(rows, tmp_path, row_devices):
     """What the packed batches hold, read back segment by segment, is the order of the plan, which knows no devices."""
     run = loop.prepare(make_config(rows, tmp_path / "run"))
-    plan = loop.make_plan(run.config, run.dataset, run.folder.config, row_devices)
+    plan = make_plan(run.config, run.dataset, run.folder.config, row_devices)
     for phase in plan.phases:
         for step, batch in enumerate(batches.batches(phase.steps, 0, run.dataset.examples, phase.shapes)):
             assert batch.tokens_BT.shape[1] % row_devices == 0
@@ -379,7 +380,7 @@ def test_what_would_fail_later_is_refused_before_anything_is_written(rows, tmp_p
 
 def test_profile_writes_a_trace_of_the_steps_asked_for(rows, tmp_path):
     run = loop.prepare(make_config(rows, tmp_path / "run", curriculum__order=[1], training__max_steps=3, data__eval_size=0))
-    loop.train(run, lambda *_: None, lambda _: False, profile=(1, 2))
+    loop.train(run, train_verb.Results(ForgettingMatrix(run.output / "forgetting.json")), profile=(1, 2))
     assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
 
 
@@ -428,3 +429,31 @@ def test_the_verb_prints_the_plan_before_it_trains(rows, tmp_path, capsys):
     for fact in ("100 rows read = 100 used whole", "1-easy", "lr peak", "budget", "optimizer reset, schedule restarts", "exact match after", "loss after", "expected", "done:"):
         assert fact in told, fact
     assert told.index("budget") < told.index("before training")
+
+
+@pytest.mark.parametrize("changes", [{}, {"training__gradient_accumulation_steps": 2}, {"data__packing": False}])
+def test_a_phase_compiles_its_steps_before_the_first_and_none_in_between(rows, tmp_path, monkeypatch, changes):
+    """Every row length that occurs, and only those; so a request to stop never waits for a compilation with steps unsaved."""
+    compiled, at = [], []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None)
+    run = loop.prepare(make_config(rows, tmp_path / "run", data__eval_size=0, checkpoint__save_steps=None, **changes))
+    ahead, real_put, real_compile = [], loop.put, Trainer.compile_step
+
+    def put(tree, dims, mesh):
+        if dims == loop.BATCH_DIMS:
+            at.append((len(compiled), tree.tokens_BT.shape))
+        return real_put(tree, dims, mesh)
+
+    def compile_step(self, rows, length, parts):
+        ahead.append((parts, rows // parts, length))
+        real_compile(self, rows, length, parts)
+
+    monkeypatch.setattr(loop, "put", put)
+    monkeypatch.setattr(Trainer, "compile_step", compile_step)
+    loop.train(run, train_verb.Results(ForgettingMatrix(run.output / "forgetting.json")))
+    assert {shape for _, shape in at} == set(ahead)
+    begin = 0
+    for phase in run.plan.phases:
+        counts = [count for count, _ in at[begin : begin + len(phase.steps)]]
+        assert counts[0] == counts[-1], "compilations within a phase"
+        begin += len(phase.steps)

@@ -110,22 +110,34 @@ def choose_shapes(steps: Sequence[np.ndarray], rows_multiple: int, shapes: int, 
     most = -(-largest // rows_multiple)
     sample = steps if len(steps) <= SAMPLED_STEPS else [steps[i] for i in np.linspace(0, len(steps) - 1, SAMPLED_STEPS).astype(int)]
 
-    def needed(steps: Sequence[np.ndarray], rows: int) -> np.ndarray:
-        lengths_SB = np.zeros((len(steps), largest), np.int64)
-        for row, step in zip(lengths_SB, steps, strict=True):
-            row[: len(step)] = np.sort(step)[::-1]
-        return shortest_rows(lengths_SB, rows) if packed else -(-lengths_SB.max(axis=1) // GRANULE) * GRANULE
-
     multiples = {*range(1, min(most, 8) + 1), *(round(1.25**i) for i in range(8, 64) if 1.25**i < most), most} if packed else {most}
     costs = {}
     for rows in sorted(multiple * rows_multiple for multiple in multiples):
-        lengths, cost = group(needed(sample, rows), shapes, tau)
+        lengths, cost = group(_needed(sample, rows, packed), shapes, tau)
         costs[rows * cost, rows] = lengths
     (_, rows), lengths = min(costs.items())
     if sample is not steps:
-        longest = max(int(needed(steps[at : at + SAMPLED_STEPS], rows).max()) for at in range(0, len(steps), SAMPLED_STEPS))
-        lengths = (*lengths[:-1], max(lengths[-1], longest))
+        lengths = (*lengths[:-1], max(lengths[-1], int(_needed(steps, rows, packed).max())))
     return Shapes(rows, lengths, packed)
+
+
+def row_lengths(steps: Sequence[np.ndarray], shapes: Shapes) -> np.ndarray:
+    """The T that `pack` gives each of these steps (arrays of their examples' lengths)."""
+    needed_S, lengths = _needed(steps, shapes.rows, shapes.packed), np.array(shapes.lengths)
+    place_S = np.searchsorted(lengths, needed_S)
+    return np.where(place_S < len(lengths), lengths[np.minimum(place_S, len(lengths) - 1)], needed_S)
+
+
+def _needed(steps: Sequence[np.ndarray], rows: int, packed: bool) -> np.ndarray:
+    """For each step the shortest row length that holds it, some thousand steps at once."""
+    found = []
+    for at in range(0, len(steps), SAMPLED_STEPS):
+        some = steps[at : at + SAMPLED_STEPS]
+        lengths_SB = np.zeros((len(some), max(map(len, some))), np.int64)
+        for row, step in zip(lengths_SB, some, strict=True):
+            row[: len(step)] = np.sort(step)[::-1]
+        found.append(shortest_rows(lengths_SB, rows) if packed else -(-lengths_SB.max(axis=1) // GRANULE) * GRANULE)
+    return np.concatenate(found)
 
 
 def pack(examples: Sequence[TokenizedExample], shapes: Shapes, accumulation: int = 1) -> PackedBatch:

@@ -35,6 +35,14 @@ class ForgettingMatrix:
     def add(self, after: str, **measures: Mapping[str, float]) -> None:
         """Add a row and save the matrix; a measure without values is left out."""
         self.rows.append({"after": after} | {name: dict(values) for name, values in measures.items() if values})
+        self._save()
+
+    def drop(self, after: str) -> None:
+        """Remove a row, if it is there, and save the matrix: what it was measured on will be trained again."""
+        self.rows = [row for row in self.rows if row["after"] != after]
+        self._save()
+
+    def _save(self) -> None:
         write_whole(self.path, json.dumps({"rows": self.rows}, indent=1) + "\n")
 
     def table(self, measure: str, form: str) -> list[list[str]]:

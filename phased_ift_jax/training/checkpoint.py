@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import itertools
+import logging
 import platform
 import re
 import shutil
@@ -23,11 +23,14 @@ from typing import Any, TypeVar
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from phased_ift_jax.files import is_full, write_whole
+from phased_ift_jax import processes
+from phased_ift_jax.files import is_full, set_aside, write_whole
 from phased_ift_jax.records import Failure, UserError
 from phased_ift_jax.sharding import owned
 from phased_ift_jax.training import manifest, mirror
 from phased_ift_jax.training.stored import place_of, saving_options
+
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax raises what it logs, and a run says it in a line
 
 Tree = TypeVar("Tree")
 NOTE = "newest_checkpoint"  # beside checkpoints/: what was saved last, so that a folder that is gone is no fresh start
@@ -49,7 +52,10 @@ class Position:
 
 
 class Checkpoints:
-    """The checkpoints under one run's folder. At most one save is under way; what is old goes when the new one is committed."""
+    """The checkpoints under one run's folder. At most one save is under way; what is old goes when the new one is committed.
+
+    Of several processes each saves and loads its own slices; process 0 verifies, commits and removes, and the others take its word.
+    """
 
     def __init__(self, root: Path, identity: str, keep: int, base: Path | None = None) -> None:
         """`base` is the folder whose config and tokenizer an export takes; it is noted with every save."""
@@ -70,13 +76,17 @@ class Checkpoints:
         Raises:
             UserError: it was made from other data (rows, scores or bins: its identity is another), or every checkpoint is damaged.
         """
+        found = processes.agree(self._newest)
+        return (Position(**found[0]), Path(found[1])) if found else None
+
+    def _newest(self) -> tuple[dict[str, Any], str] | None:
         for path in manifest.unreadable(self.root):
             self._is_sound(path)
         for position, path in reversed(self.committed()):
             if self._is_sound(path):
                 if metadata_of(path)["identity"] != self.identity:
                     raise UserError(f"data.path: rows, scores or bins have changed since '{path}' was saved; restore them, or choose another output_dir")
-                return position, path
+                return asdict(position), str(path)
         for path, fault in self.damaged.items():
             raise UserError(f"output_dir: no whole checkpoint is left: in '{path}' {fault}; restore it, or start again with --fresh")
         if self._note.exists():
@@ -87,8 +97,7 @@ class Checkpoints:
         """Rename what was found damaged, and remove what a save or a removal that was killed has left."""
         for path in self.damaged:
             if path.exists():
-                names = itertools.chain([f"damaged-{path.name}"], (f"damaged-{path.name}.{number}" for number in itertools.count(1)))
-                path.rename(next(aside for name in names if not (aside := path.with_name(name)).exists()))
+                set_aside(path, "damaged")
         for path in self.root.glob("*/*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path)
         for mark in self.root.glob(f"*/.*{manifest.UNDER_WAY}"):
@@ -103,10 +112,16 @@ class Checkpoints:
         Raises:
             UserError: it is damaged.
         """
+        found = processes.agree(lambda: self._of_phase(folder))
+        return Path(found) if found else None
+
+    def _of_phase(self, folder: str) -> str | None:
         path = next((path for position, path in self.committed() if position.complete and path.parent.name == folder), None)
-        if path is not None and not self._is_sound(path):
+        if path is None:
+            return None
+        if not self._is_sound(path):
             raise UserError(f"output_dir: in '{path}' {self.damaged[path]}; restore it, or start again with --fresh")
-        return path
+        return str(path)
 
     def save(self, folder: str, position: Position, tree: Any) -> None:
         """Start saving; the arrays are copied before this returns, so the next step may give up their buffers.
@@ -117,8 +132,9 @@ class Checkpoints:
         self.wait()
         path = self.root / folder / str(position.step)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            manifest.mark(path).touch()
+            if processes.first():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                manifest.mark(path).touch()
             with saving_options():
                 saving = ocp.save_async(place_of(path, begin=True), tree, overwrite=True)
         except Exception as error:
@@ -141,15 +157,19 @@ class Checkpoints:
     def _commit(self, saving: Any, path: Path, facts: dict[str, Any]) -> None:
         try:
             saving.result()
-            manifest.seal(path, facts)
-            manifest.mark(path).unlink()
-            write_whole(self._note, f"{path}\n")
+            if processes.first():
+                manifest.seal(path, facts)
+                manifest.mark(path).unlink()
+                write_whole(self._note, f"{path}\n")
+            processes.await_all(f"committed {path.parent.name}/{path.name}")
         except Exception as error:
             raise _failed(path, error) from error
         self._sound.add(path)
+        if not processes.first():
+            return
         try:
             self._prune()
-        except OSError as error:  # the new one is whole; what is old goes with the next one
+        except (OSError, Failure) as error:  # the new one is whole; what is old goes with the next one
             print(f"warning: an old checkpoint cannot be removed: {error}", file=sys.stderr)
 
     def _prune(self) -> None:

@@ -10,6 +10,7 @@ import math
 import reprlib
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,64 +21,37 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from phased_ift_jax import processes
 from phased_ift_jax.config import RunConfig, dump
-from phased_ift_jax.data.batches import Steps, batches
-from phased_ift_jax.data.dataset import Dataset, write_quarantine
-from phased_ift_jax.data.dataset import prepare as prepare_data
-from phased_ift_jax.data.packing import choose_shapes
-from phased_ift_jax.data.tokenization import decode, load_tokenizer
-from phased_ift_jax.files import is_full, sole_writer, write_whole
-from phased_ift_jax.models import generation, hf_weights, hub
-from phased_ift_jax.models.attention import implementation
+from phased_ift_jax.data.batches import batches
+from phased_ift_jax.data.dataset import write_quarantine
+from phased_ift_jax.data.packing import row_lengths
+from phased_ift_jax.files import is_full, set_aside, sole_writer, write_whole
+from phased_ift_jax.interrupts import Stop, Stopped, watchdog
+from phased_ift_jax.models import hf_weights, hub
 from phased_ift_jax.models.decoder import Params
-from phased_ift_jax.models.hf_folder import Folder, open_folder
+from phased_ift_jax.models.hf_folder import open_folder
 from phased_ift_jax.records import Failure, UserError
-from phased_ift_jax.sharding import batch_rows, make_mesh, put
+from phased_ift_jax.sharding import highest, make_mesh, put
 from phased_ift_jax.training import conversion, mirror
 from phased_ift_jax.training.checkpoint import Checkpoints, Position, SaveFailed, load_arrays
-from phased_ift_jax.training.interrupts import stop_requests, watchdog
-from phased_ift_jax.training.metrics import MetricsLog, Rate, check_reporters, peak_flops
+from phased_ift_jax.training.held_out import Results, evaluate
+from phased_ift_jax.training.metrics import Books, Rate, check_reporters, peak_flops
 from phased_ift_jax.training.output import check_output
-from phased_ift_jax.training.plan import PhasePlan, Plan, attended_pairs, make_plan, row_price
+from phased_ift_jax.training.plan import PhasePlan, attended_pairs
 from phased_ift_jax.training.step import BATCH_DIMS, Trainer, TrainState
+from phased_ift_jax.training.survey import Survey, survey
 
 
 class NonFinite(Failure):
     """A loss or a gradient was no finite number; the last checkpoint has none such."""
 
 
-class Stopped(Exception):
-    """The run was asked to stop, and has saved everything; the same command goes on."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A held-out prompt, the response of the data, and the model's."""
-
-    id: str
-    prompt: str
-    response: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Held-out loss of each bin and, where asked for, greedy answers; both keyed by bin name."""
-
-    losses: dict[str, float]
-    answers: dict[str, list[Answer]]
-
-
 @dataclass(frozen=True, eq=False)
-class Run:
+class Run(Survey):
     """Everything that a run is made of, read and checked, before anything is written."""
 
-    config: RunConfig
-    folder: Folder
-    tokenizer: Any
-    dataset: Dataset
     mesh: Mesh
-    plan: Plan
     trainers: dict[str, Trainer] = field(default_factory=dict)
 
     @property
@@ -88,11 +62,6 @@ class Run:
     def last_export(self) -> Path:
         """Where the Hugging Face folder of the last phase lies when the run is done."""
         return self.output / "hf" / self.plan.phases[-1].phase.folder
-
-    @property
-    def attention(self) -> str:
-        """The attention kernel that is used: what `auto` stands for on this backend."""
-        return implementation(self.config.model.attn_implementation)
 
     def trainer(self, phase: PhasePlan) -> Trainer:
         """One trainer, and so one compilation, for all phases whose optimizer is the same."""
@@ -125,85 +94,110 @@ def prepare(config: RunConfig, fresh: bool = False) -> Run:
     Raises:
         UserError: of whatever is at fault in configuration, model folder, data, or an earlier run in output_dir.
     """
-    if jax.process_count() > 1:
-        raise UserError(f"mesh: {jax.process_count()} processes; a run uses the devices of one")
-    check_output(config, same_settings=not fresh)
+    processes.check_same("config", dump(config))
+    processes.agree(lambda: check_output(config, same_settings=not fresh))
     check_reporters(config.logging)
-    folder = open_folder(config.model.model_name_or_path, config.model.revision, weights=config.model.init == "pretrained")
-    if config.model.init == "pretrained" and folder.converted:
-        conversion.check(conversion.Source(folder.converted, folder, None))
-    elif config.model.init == "pretrained":
-        hf_weights.check(folder)
-    tokenizer = load_tokenizer(folder.path, folder.config.vocab_size)
-    dataset = prepare_data(config.data, config.curriculum, config.seed, tokenizer)
     mesh = make_mesh(config.mesh)
-    return Run(config, folder, tokenizer, dataset, mesh, make_plan(config, dataset, folder.config, batch_rows(mesh)))
+    seen = survey(config, mesh.shape)
+    processes.check_same("data.path", f"rows, scores or bins ({seen.dataset.identity})")
+    folder = seen.folder
+    if config.model.init == "pretrained":  # only now: of a hub model these are many gigabytes
+        folder = open_folder(config.model.model_name_or_path, config.model.revision)
+        if folder.converted:
+            conversion.check(conversion.Source(folder.converted, folder, None))
+        else:
+            hf_weights.check(folder)
+    return Run(config, folder, seen.tokenizer, seen.dataset, seen.plan, seen.mesh_sizes, mesh)
 
 
-def train(run: Run, report: Callable[[str, Evaluation], None], reported: Callable[[str], bool], profile: tuple[int, int] | None = None) -> None:
+def train(run: Run, results: Results, stop: Stop | None = None, profile: tuple[int, int] | None = None) -> None:
     """Train what remains of the run, phase by phase, and export.
 
-    `report(after, evaluation)` is told of the held-out rows before training ("base") and after each phase (its folder name), unless
-    `reported(after)` says that it was told by an earlier call. `profile` is a range of optimizer steps to trace.
+    The held-out rows are measured before training and after each phase, unless `results` has that already. `profile` is a range of
+    optimizer steps to trace. In several processes all call this, and each has its own `results`; process 0's are used.
 
     Raises:
-        Stopped: SIGINT or SIGTERM came, and everything is saved.
+        Stopped: `stop` was asked for, and everything is saved.
         SaveFailed, NonFinite: a checkpoint could not be saved, or a step went wrong; what was saved before is whole.
         UserError: the run in output_dir was made with other settings or other data, is damaged, or another process is at it.
     """
-    run.output.mkdir(parents=True, exist_ok=True)
-    with sole_writer(run.output), mirror.held(run.config.output_dir, run.output), watchdog(run.config.logging.hang_minutes) as alive:
-        check_output(run.config, look=False)  # again: another process may have been here since `prepare`
+    with ExitStack() as held:
+        processes.agree(lambda: _hold(run, held))
+        if not processes.first():
+            held.enter_context(mirror.held(run.config.output_dir, run.output, writer=False))
+        alive = held.enter_context(watchdog(run.config.logging.hang_minutes))
         try:
-            _train(run, report, reported, profile, alive)
+            _train(run, results, Stop() if stop is None else stop, profile, alive)
         except OSError as error:
             if is_full(error):
                 raise Failure(f"no space is left for '{run.output}': {error}; make room, then the same command goes on") from error
             raise
 
 
-def _train(run: Run, report: Callable[[str, Evaluation], None], reported: Callable[[str], bool], profile: tuple[int, int] | None, alive: Callable[[], None]) -> None:
+def _hold(run: Run, held: ExitStack) -> None:
+    """Make the run's folder this process's own, and look again what is in it: another may have been there since `prepare`."""
+    run.output.mkdir(parents=True, exist_ok=True)
+    held.enter_context(sole_writer(run.output))
+    held.enter_context(mirror.held(run.config.output_dir, run.output))
+    check_output(run.config, look=False)
+
+
+def _train(run: Run, results: Results, stop: Stop, profile: tuple[int, int] | None, alive: Callable[[], None]) -> None:
     store = Checkpoints(run.output / "checkpoints", run.dataset.identity, run.config.checkpoint.save_total_limit, run.folder.path)
-    if found := store.newest():
+    found = store.newest()
+    position = found[0] if found else Position(0, 0, 0, complete=True)
+    processes.agree(lambda: _set_out(run, results, store, found))
+    books = Books(run.output, run.config.logging, (position.phase, position.step), run.config.model_dump(mode="json"), silent=not processes.first())
+    try:
+        if run.held_out and processes.agree(lambda: "base" not in results):
+            _measure(run, run.base_params(), results, "base")
+        for phase in run.plan.phases:
+            if not _is_done(phase, position):
+                state, start = _begin(run, phase, run.trainer(phase), store, position)
+                _train_phase(run, phase, run.trainer(phase), state, start, store, books, stop, profile, alive)
+                del state
+            _finish_phase(run, phase, store, results)
+    except BaseException as error:
+        try:
+            store.wait()
+        except SaveFailed as failed:
+            error.add_note(str(failed))
+        raise
+    finally:
+        books.close()
+
+
+def _set_out(run: Run, results: Results, store: Checkpoints, found: tuple[Position, Path] | None) -> None:
+    """Say where the run goes on, put aside what is not part of it any more, and note what it is."""
+    if found:
         mirror.restore(found[1])
-    if found is None and (any((run.output / "hf").glob("*")) or any(reported(phase.phase.folder) for phase in run.plan.phases)):
+    started = [phase for phase in run.plan.phases if phase.phase.folder in results or (run.output / "hf" / phase.phase.folder).exists()]
+    if found is None and started:
         raise UserError(f"output_dir: '{run.output}' holds results but no whole checkpoint to go on from; name another folder, or start again with --fresh")
     for path, fault in store.damaged.items():
         print(f"'{mirror.shown(path)}' is damaged: {fault}; it is set aside, and the checkpoint before it is used", flush=True)
-    position = found[0] if found else Position(0, 0, 0, complete=True)
-    if found:
-        print(f"going on from {mirror.shown(found[1])} ({'phase complete' if position.complete else f'epoch {position.epoch + 1}'})", flush=True)
     store.set_aside()
+    if found:
+        position, path = found
+        print(f"going on from {mirror.shown(path)} ({'phase complete' if position.complete else f'epoch {position.epoch + 1}'})", flush=True)
+        for phase in started:
+            if not _is_done(phase, position):  # it will be trained again, and what was made of it then is not of these weights
+                results.drop(phase.phase.folder)
+                if (export := run.output / "hf" / phase.phase.folder).exists() and not mirror.withdraw(export):
+                    print(f"what was exported from {phase.phase.folder} is now in '{set_aside(export, 'before')}'", flush=True)
     write_whole(run.output / "config.yaml", dump(run.config))
     write_whole(run.output / "plan.json", json.dumps({"phases": [_outline(phase) for phase in run.plan.phases]}, indent=1) + "\n")
     write_quarantine(run.dataset.quarantined, run.output / "quarantine.jsonl")
-    log = MetricsLog(run.output, run.config.logging, (position.phase, position.step), run.config.model_dump(mode="json"))
-    try:
-        with stop_requests() as stop:
-            try:
-                if run.held_out and not reported("base"):
-                    report("base", evaluate(run, run.base_params()))
-                for phase in run.plan.phases:
-                    trainer = run.trainer(phase)
-                    done = (phase.phase.index, True) <= (position.phase, position.complete)
-                    if stop:
-                        raise Stopped
-                    if not done:
-                        state, start = _begin(run, phase, trainer, store, position)
-                        _train_phase(run, phase, trainer, state, start, store, log, stop, profile, alive)
-                        del state
-                    if stop:
-                        raise Stopped
-                    _finish_phase(run, phase, trainer, store, report, reported)
-            except BaseException as error:
-                try:
-                    store.wait()
-                except SaveFailed as failed:
-                    error.add_note(str(failed))
-                raise
-            store.wait()
-    finally:
-        log.close()
+
+
+def _is_done(phase: PhasePlan, position: Position) -> bool:
+    return (phase.phase.index, True) <= (position.phase, position.complete)
+
+
+def _measure(run: Run, params: Params, results: Results, after: str) -> None:
+    evaluation = evaluate(run, params)
+    if processes.first():
+        results.add(after, evaluation)
 
 
 def publish(run: Run) -> str | None:
@@ -216,33 +210,6 @@ def publish(run: Run) -> str | None:
         return None
     assert run.config.export.hub_model_id is not None, "the config sees to it"
     return hub.push(mirror.fetched(run.last_export), run.config.export.hub_model_id)
-
-
-def evaluate(run: Run, params: Params) -> Evaluation:
-    """Measure parameters on the held-out rows of every bin."""
-    trainer, config = run.trainer(run.plan.phases[0]), run.config
-    steps = {name: Steps(rows, config.training.global_batch_size, 1, ("evaluation", name)) for name, rows in run.held_out}
-    sizes = [run.plan.phases[0].lengths[s[i]] for s in steps.values() for i in range(len(s))]
-    shapes = choose_shapes(sizes, batch_rows(run.mesh), 1, row_price(run.plan.model), config.data.packing)
-    losses = {}
-    for name, chosen in steps.items():
-        parts = [trainer.evaluate(params, put(batch, BATCH_DIMS, run.mesh)) for batch in batches(chosen, 0, run.dataset.examples, shapes)]
-        losses[name] = float(sum(float(loss) for loss, _ in parts) / sum(float(count) for _, count in parts))
-    answers = {name: _answers(run, params, rows) for name, rows in run.held_out} if config.evaluation.exact_match else {}
-    return Evaluation(losses, answers)
-
-
-def _answers(run: Run, params: Params, rows: np.ndarray) -> list[Answer]:
-    examples = [run.dataset.examples[row] for row in rows]
-    computing = jax.tree.map(lambda p: p.astype(run.config.model.dtype), params)
-    prompts = [example.tokens[: example.response_start] for example in examples]
-    generated = generation.greedy(run.plan.model, computing, prompts, run.config.evaluation.max_new_tokens, run.tokenizer.eos_token_id)
-    # a conversation cut at max_length is asked for the last response that is left of it
-    turns = [run.dataset.records[row].turns[len(example.responses) - 1] for row, example in zip(rows, examples, strict=True)]
-    return [
-        Answer(run.dataset.records[row].id, f"{turn.instruction}\n{turn.input}".rstrip("\n"), turn.response, decode(ids, run.tokenizer))
-        for row, turn, ids in zip(rows, turns, generated, strict=True)
-    ]
 
 
 def _begin(run: Run, phase: PhasePlan, trainer: Trainer, store: Checkpoints, position: Position) -> tuple[TrainState, int]:
@@ -267,8 +234,8 @@ def _train_phase(
     state: TrainState,
     start: int,
     store: Checkpoints,
-    log: MetricsLog,
-    stop: list[int],
+    books: Books,
+    stop: Stop,
     profile: tuple[int, int] | None,
     alive: Callable[[], None],
 ) -> None:
@@ -276,26 +243,40 @@ def _train_phase(
     steps, rates = phase.steps, phase.learning_rates
     before = sum(len(earlier.steps) for earlier in run.plan.phases[: phase.phase.index - 1])
     rate, saved_at = Rate(peak_flops(list(run.mesh.devices.flat))), time.monotonic()
+    for length in dict.fromkeys(row_lengths([phase.lengths[steps[step]] for step in range(start, len(steps))], phase.shapes).tolist()):
+        # now, when nothing is unsaved: a request to stop need not wait for a compilation
+        trainer.compile_step(phase.shapes.rows, length, phase.training.gradient_accumulation_steps)
+        alive()
     source = batches(steps, start, run.dataset.examples, phase.shapes, phase.training.gradient_accumulation_steps)
-    pending: tuple[dict[str, Any], dict[str, jax.Array]] | None = None
+    pending: tuple[dict[str, Any], dict[str, jax.Array], jax.Array | None] | None = None
+    wanted = [False, False]  # to stop, to save; of several processes, all see it after the same step: the one before, so that none waits for it
     tracing = False
-    bar = tqdm(total=len(steps), initial=start, desc=phase.phase.folder, unit="step", dynamic_ncols=True, mininterval=0.5)
+    bar = tqdm(total=len(steps), initial=start, desc=phase.phase.folder, unit="step", dynamic_ncols=True, mininterval=0.5, disable=not processes.first())
 
     def flush() -> None:
         """Log the step before: reading its numbers now does not hold up the one under way."""
-        nonlocal pending
+        nonlocal pending, wanted
         if pending is None:
             return
-        (facts, metrics), pending = pending, None
+        (facts, metrics, votes), pending = pending, None
         numbers = {name: float(value) for name, value in metrics.items()}
         alive()
-        skipped = _not_finite(run, phase, facts, numbers)
+        if votes is not None:
+            wanted = [bool(vote) for vote in np.asarray(votes)]
+        ids = [run.dataset.records[row].id for row in steps[facts["step"] - 1]]
+        skipped = _not_finite(run, phase, facts, numbers, ids)
         line = facts | numbers | rate.lap(facts["tokens"], facts["flops"]) | skipped
         del line["flops"]
-        log.write(line, last=facts["step"] == len(steps) or bool(skipped))
+        books.write(line, ids, last=facts["step"] == len(steps) or bool(skipped))
         shown = {"loss": f"{numbers['loss']:.3f}", "lr": f"{line['learning_rate']:.2e}", "tok/s": f"{line['tokens_per_second']:,.0f}"}
         bar.set_postfix(shown | ({"mfu": f"{line['mfu']:.1%}"} if "mfu" in line else {}), refresh=False)
         bar.update()
+
+    def save(position: Position, tree: Any) -> None:
+        """What a checkpoint has trained is in the books before the checkpoint is."""
+        flush()
+        books.settle()
+        store.save(phase.phase.folder, position, tree)
 
     for step, batch in enumerate(source, start):
         if profile and before + step == profile[0]:
@@ -304,9 +285,13 @@ def _train_phase(
         learning_rate = put(np.asarray(rates[step], np.float32), "", run.mesh)
         store.check()
         state, metrics = trainer.step(state, put(batch, BATCH_DIMS, run.mesh), learning_rate)
+        stop.began()
+        votes = None if processes.alone() else highest([bool(stop), _is_late(run, saved_at)], run.mesh)
         flush()
-        pending = _facts(run, phase, step, before, batch), metrics
-        if tracing and profile and (stop or before + step + 1 >= profile[1]):
+        pending = _facts(run, phase, step, before, batch), metrics, votes
+        if processes.alone():
+            wanted = [bool(stop), _is_late(run, saved_at)]
+        if tracing and profile and (wanted[0] or before + step + 1 >= profile[1]):
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
             tracing = False
@@ -314,43 +299,44 @@ def _train_phase(
         position = Position(phase.phase.index, done, done // steps.per_epoch, complete=done == len(steps))
         if position.complete:
             break
-        if stop or _due(run, done, saved_at):
-            flush()  # what a checkpoint has trained is in the log before the checkpoint is
-            store.save(phase.phase.folder, position, state)
+        if any(wanted) or (run.config.checkpoint.save_steps and done % run.config.checkpoint.save_steps == 0):
+            save(position, state)
             saved_at = time.monotonic()
-        if stop:
+        if wanted[0]:
             bar.close()
             store.wait()
             raise Stopped
-    flush()
+    save(position, state if run.config.curriculum.optimizer_state == "keep" else {"params": state.params})
     bar.close()
-    kept = state if run.config.curriculum.optimizer_state == "keep" else {"params": state.params}
-    store.save(phase.phase.folder, position, kept)
     store.wait()
+    stop.saved()
 
 
-def _finish_phase(run: Run, phase: PhasePlan, trainer: Trainer, store: Checkpoints, report: Callable[[str, Evaluation], None], reported: Callable[[str], bool]) -> None:
+def _finish_phase(run: Run, phase: PhasePlan, store: Checkpoints, results: Results) -> None:
     """Evaluate and export a phase that is trained and saved, unless that was done before."""
     destination = run.output / "hf" / phase.phase.folder
-    last = phase.phase.index == len(run.plan.phases)
-    export = (last or run.config.export.after_each_phase) and not destination.exists()
-    measure = bool(run.held_out) and not reported(phase.phase.folder)
-    if destination.exists():
-        conversion.check_export(destination)
+    measure, export = processes.agree(lambda: _what_is_missing(run, phase, results, destination))
     if not (measure or export):
         return
     path = store.of_phase(phase.phase.folder)
     if path is None:
         raise UserError(f"output_dir: the checkpoint at the end of {phase.phase.folder} is gone, from which it is to be evaluated or exported; restore it, or start with --fresh")
     if measure:
-        params = load_arrays(path, {"params": trainer.shapes.params}, {"params": trainer.shardings.params})["params"]
-        report(phase.phase.folder, evaluate(run, params))
-        del params
+        trainer = run.trainer(phase)
+        _measure(run, load_arrays(path, {"params": trainer.shapes.params}, {"params": trainer.shardings.params})["params"], results, phase.phase.folder)
     if export:
-        conversion.to_hf(conversion.Source(path, run.folder, run.output), destination, run.config.export.dtype, verify=False)
+        processes.agree(lambda: conversion.to_hf(conversion.Source(path, run.folder, run.output), destination, run.config.export.dtype, verify=False))
 
 
-def _not_finite(run: Run, phase: PhasePlan, facts: dict[str, Any], numbers: dict[str, float]) -> dict[str, Any]:
+def _what_is_missing(run: Run, phase: PhasePlan, results: Results, destination: Path) -> tuple[bool, bool]:
+    """Whether a phase that is trained is still to be measured, and exported."""
+    if destination.exists():
+        conversion.check_export(destination)
+    last = phase.phase.index == len(run.plan.phases)
+    return bool(run.held_out) and phase.phase.folder not in results, (last or run.config.export.after_each_phase) and not destination.exists()
+
+
+def _not_finite(run: Run, phase: PhasePlan, facts: dict[str, Any], numbers: dict[str, float], ids: list[str]) -> dict[str, Any]:
     """What a step's line says of a loss or gradient norm that is no finite number: nothing where both are finite.
 
     Raises:
@@ -359,10 +345,11 @@ def _not_finite(run: Run, phase: PhasePlan, facts: dict[str, Any], numbers: dict
     wrong = [name for name in ("loss", "grad_norm") if not math.isfinite(numbers[name])]
     if not wrong:
         return {}
-    ids = [reprlib.repr(run.dataset.records[row].id)[1:-1] for row in phase.steps[facts["step"] - 1]]
+    ids = [reprlib.repr(name)[1:-1] for name in ids]
     if phase.training.on_nonfinite == "stop":
         place = {name: facts[name] for name in ("phase", "phase_index", "step")}
-        write_whole(run.output / "nonfinite.json", json.dumps(place | {name: str(numbers[name]) for name in wrong} | {"ids": ids}) + "\n")
+        if processes.first():
+            write_whole(run.output / "nonfinite.json", json.dumps(place | {name: str(numbers[name]) for name in wrong} | {"ids": ids}) + "\n")
         raise NonFinite(
             f"phase {phase.phase.name}, step {facts['step']}: {wrong[0]} is {numbers[wrong[0]]}; rows of the batch: {', '.join(ids[:8])}"
             + (f" and {len(ids) - 8} more, in '{run.output / 'nonfinite.json'}'" if ids[8:] else "")
@@ -394,7 +381,6 @@ def _facts(run: Run, phase: PhasePlan, step: int, before: int, batch: Any) -> di
     }
 
 
-def _due(run: Run, done: int, saved_at: float) -> bool:
-    config = run.config.checkpoint
-    by_steps = config.save_steps is not None and done % config.save_steps == 0
-    return by_steps or (config.save_minutes is not None and time.monotonic() - saved_at >= 60 * config.save_minutes)
+def _is_late(run: Run, saved_at: float) -> bool:
+    minutes = run.config.checkpoint.save_minutes
+    return minutes is not None and time.monotonic() - saved_at >= 60 * minutes

@@ -1,16 +1,17 @@
-"""What a run says of itself while it runs: metrics.jsonl, TensorBoard, W&B, and a progress bar with rate and time left."""
+"""What a run says of itself while it runs: metrics.jsonl, trained_ids.jsonl, TensorBoard, W&B, and the rate of its steps."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
 import json
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phased_ift_jax.config import LoggingConfig
-from phased_ift_jax.files import write_whole
 from phased_ift_jax.records import UserError
 
 if TYPE_CHECKING:
@@ -49,24 +50,60 @@ def peak_flops(devices: list[jax.Device]) -> float | None:
     return PEAK_FLOPS[name] * len(devices) if name else None
 
 
-class MetricsLog:
-    """`metrics.jsonl`: one line a logged step, keyed by (phase index, step). Lines after a checkpoint go when a run resumes from it."""
+class Ledger:
+    """A jsonl file of one line a step, in order of (phase index, step). Lines after a checkpoint go when a run resumes from it."""
 
-    def __init__(self, folder: Path, config: LoggingConfig, resume_after: tuple[int, int], settings: dict[str, Any]) -> None:
-        path, name = folder / "metrics.jsonl", config.run_name or folder.resolve().name
-        kept = [line for line in whole_lines(path) if (line["phase_index"], line["step"]) <= resume_after]
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+    def __init__(self, path: Path, resume_after: tuple[int, int]) -> None:
+        self.last: dict[str, Any] | None = None  # the last line that stays
+        end = 0
+        if path.exists():
+            with open(path, "rb") as file:
+                for text in file:
+                    line = _line(text)
+                    if line is None or (line["phase_index"], line["step"]) > resume_after:
+                        break
+                    end, self.last = end + len(text), line
+            os.truncate(path, end)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self._every = config.logging_steps
-        self._tensorboard = _tensorboard(folder / "tensorboard" / name, kept[-1]["global_step"] + 1 if kept else 0) if "tensorboard" in config.report_to else None
-        self._wandb = _wandb(name, folder, settings) if "wandb" in config.report_to else None
 
-    def write(self, line: dict[str, Any], last: bool = False) -> None:
-        """Log one step, if it is one of every `logging_steps` or the phase's last; numbers go to TensorBoard and W&B under their names."""
-        if line["step"] % self._every and not last:
-            return
+    def write(self, line: dict[str, Any]) -> None:
+        """Add a line; it is in the file, if not on the disk, when this returns."""
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+
+    def settle(self) -> None:
+        """Have the disk hold every line."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Books:
+    """What a run writes of each step: `trained_ids.jsonl`, the rows of every step; `metrics.jsonl`, a line a logged step; TensorBoard, W&B.
+
+    Where several processes train, one keeps them: the others' are `silent`.
+    """
+
+    def __init__(self, folder: Path, config: LoggingConfig, resume_after: tuple[int, int], settings: dict[str, Any], silent: bool = False) -> None:
+        self._every = config.logging_steps
+        self._ledgers = [] if silent else [Ledger(folder / name, resume_after) for name in ("metrics.jsonl", "trained_ids.jsonl")]
+        self._tensorboard = self._wandb = None
+        if silent:
+            return
+        name, last = config.run_name or folder.resolve().name, self._ledgers[0].last
+        self._tensorboard = _tensorboard(folder / "tensorboard" / name, last["global_step"] + 1 if last else 0) if "tensorboard" in config.report_to else None
+        self._wandb = _wandb(name, folder, settings) if "wandb" in config.report_to else None
+
+    def write(self, line: dict[str, Any], ids: list[str], last: bool = False) -> None:
+        """Note a step: its rows always, its numbers if it is one of every `logging_steps` or the phase's `last`."""
+        if not self._ledgers:
+            return
+        metrics, trained = self._ledgers
+        trained.write({name: line[name] for name in ("phase", "phase_index", "step")} | {"ids": ids})
+        if line["step"] % self._every and not last:
+            return
+        metrics.write(line)
         numbers = {name: value for name, value in line.items() if isinstance(value, int | float) and not isinstance(value, bool) and name != "global_step"}
         if self._tensorboard:
             for name, value in numbers.items():
@@ -74,8 +111,14 @@ class MetricsLog:
         if self._wandb:
             self._wandb.log(numbers, step=line["global_step"])
 
+    def settle(self) -> None:
+        """Have the disk hold every line: before a checkpoint is committed that has trained what they say."""
+        for ledger in self._ledgers:
+            ledger.settle()
+
     def close(self) -> None:
-        self._file.close()
+        for ledger in self._ledgers:
+            ledger.close()
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
@@ -101,13 +144,16 @@ def whole_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a file whose last may have been cut off by a kill."""
     if not path.exists():
         return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
+    with open(path, "rb") as file:
+        return list(itertools.takewhile(lambda line: line is not None, map(_line, file)))  # type: ignore[arg-type]
+
+
+def _line(text: bytes) -> dict[str, Any] | None:
+    """A line, or None where it was cut off."""
+    try:
+        return dict(json.loads(text)) if text.endswith(b"\n") else None
+    except ValueError:
+        return None
 
 
 def _tensorboard(folder: Path, purge_step: int) -> Any:

@@ -255,6 +255,17 @@ def export(folder: Path) -> None:
         mirror.export(folder)
 
 
+def withdraw(folder: Path) -> bool:
+    """Let an export in a bucket count as none, until it is made again in its place; False on a disk, where it can be renamed."""
+    mirror = of(folder)
+    if mirror is None:
+        return False
+    mirror.objects.delete([f"{folder.absolute().relative_to(mirror.folder)}.json"])
+    uploaded(folder).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+    return True
+
+
 def fetched(folder: Path) -> Path:
     """An export's folder, with the files in it that an earlier start of the run has uploaded."""
     if uploaded(folder).exists():

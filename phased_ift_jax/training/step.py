@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from phased_ift_jax.config import TrainingConfig
 from phased_ift_jax.models.decoder import DecoderConfig, Params, init_params, parameter_dims, parameter_shapes
 from phased_ift_jax.records import PackedBatch
-from phased_ift_jax.sharding import replicated, tree_shardings
+from phased_ift_jax.sharding import replicated, spec, tree_shardings
 from phased_ift_jax.training.loss import summed_loss
 from phased_ift_jax.training.optimizer import apply, make_optimizer, state_shardings
 
@@ -80,9 +80,11 @@ class Trainer:
         return jax.jit(self._loss_and_gradients, out_shardings=(replicated(self.mesh), self.shardings.params))
 
     @cached_property
-    def step(self) -> Callable[[TrainState, PackedBatch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-        """One optimizer step; the state's buffers are given up to the new state. With `on_nonfinite: skip` a step whose loss or gradient is
-        no finite number leaves the state as it was."""
+    def step(self) -> jax.stages.Wrapped:
+        """One optimizer step, (state, batch, learning rate) -> (state, metrics); the state's buffers are given up to the new state.
+
+        With `on_nonfinite: skip` a step whose loss or gradient is no finite number leaves the state as it was.
+        """
 
         def step(state: TrainState, batch: PackedBatch, learning_rate: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
             loss, gradients = self._loss_and_gradients(state.params, batch)
@@ -95,6 +97,14 @@ class Trainer:
             return new, {"learning_rate": learning_rate, "loss": loss, "grad_norm": norm}
 
         return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, replicated(self.mesh)))
+
+    def compile_step(self, rows: int, length: int, parts: int) -> None:
+        """Compile `step` for batches of `rows` rows of `length` tokens, computed in so many parts; a call with such a batch compiles nothing then."""
+        state = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), self.shapes, self.shardings)
+        shape = (parts, rows // parts, length)
+        sharding = NamedSharding(self.mesh, spec(BATCH_DIMS, shape, self.mesh))
+        ids, weights = (jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in (jnp.int32, jnp.float32))
+        self.step.lower(state, PackedBatch(ids, ids, weights, ids, ids), jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(self.mesh))).compile()
 
     @cached_property
     def evaluate(self) -> Callable[[Params, PackedBatch], tuple[jax.Array, jax.Array]]:

@@ -1,0 +1,151 @@
+"""What comes from outside while a run is at work: requests to stop, and silence (floor 0; imports nothing heavy, so that it stands first).
+
+A run is asked to stop by SIGTERM, by SIGINT, or by a notice of Google's metadata server that the machine will be taken away. Where a kill
+would lose nothing it ends at once, else after the steps under way and a save. A thread sees to it: the main one may be in a compilation or
+an import, where no Python handler runs.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+STOPPED = 75  # exit code: stopped on request with everything saved
+NOTICE_SECONDS = 5.0  # between two looks for a notice; a spot machine has 30 s from it
+NOTICES = {"preempted": "TRUE", "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved everything; the same command goes on."""
+
+
+class Stop:
+    """Whether the run is to stop, and what is to be done then. The first request counts; others change nothing."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._asked = self._unsaved = False
+        self.farewell = "stopped with everything saved; the same command goes on"
+        self.tell: Callable[[str], None] | None = None  # passes a request on to the other processes of the run
+        self.linger = 0.0  # seconds for them to hear of it, where they hear through this process
+
+    def __bool__(self) -> bool:
+        return self._asked
+
+    def began(self) -> None:
+        """A step is under way that no checkpoint holds: from now on a request waits until it is saved."""
+        with self._lock:
+            self._unsaved = True
+
+    def saved(self) -> None:
+        """Everything is in a checkpoint: from now on a request ends the process at once. Raises `Stopped` where one has come."""
+        with self._lock:
+            self._unsaved = False
+            if self._asked:
+                raise Stopped
+
+    def ask(self, why: str, tell: bool = True) -> None:
+        """Stop, now or once everything is saved; `why` is said, and told to the other processes unless it comes from one of them."""
+        with self._lock:
+            if self._asked:
+                return
+            self._asked = True
+            if self._unsaved:
+                os.write(2, f"\n{why}: stopping once everything is saved\n".encode())
+            if tell and self.tell:
+                self.tell(why)
+            if not self._unsaved:
+                self._leave()
+
+    def _leave(self) -> NoReturn:
+        time.sleep(self.linger)
+        # not by an exception: what the main thread is in need not be left in order, since a kill may come at any moment as well
+        os.write(1, f"\n{self.farewell}\n".encode())
+        os._exit(STOPPED)
+
+
+@contextmanager
+def listening() -> Iterator[Stop]:
+    """A `Stop` that hears signals and notices. In a thread other than the main one it hears notices only: signals are the main thread's."""
+    stop = Stop()
+    ended = threading.Event()
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def pass_on(number: int, _: Any) -> None:
+        os.write(writing, bytes([number]))
+
+    def watch() -> None:
+        while number := os.read(reading, 1)[0]:
+            stop.ask(signal.Signals(number).name)
+
+    watching = threading.Thread(target=watch, name="stop", daemon=True)
+    watching.start()
+    if host := _metadata_host():
+        threading.Thread(target=_await_notice, args=(host, stop, ended), name="notices", daemon=True).start()
+    try:
+        # the handler in C writes to this at once, whatever the main thread is in; the handler in Python, where a library (uvloop) has
+        # put its own file there for a while
+        before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        old = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:
+        before, old = None, {}
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        if before is not None:
+            signal.set_wakeup_fd(before)
+        ended.set()
+        os.write(writing, b"\0")
+        watching.join()
+        os.close(reading)
+        os.close(writing)
+
+
+def _metadata_host() -> str | None:
+    """Where notices of maintenance and preemption come from; None on a machine that is not Google's."""
+    try:
+        on_google = Path("/sys/class/dmi/id/product_name").read_text().startswith("Google")
+    except OSError:
+        on_google = False
+    return os.environ.get("GCE_METADATA_HOST") or ("metadata.google.internal" if on_google else None)
+
+
+def _await_notice(host: str, stop: Stop, ended: threading.Event) -> None:
+    import urllib.request
+
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while not (stop or ended.wait(NOTICE_SECONDS)):
+        for key, taken_away in NOTICES.items():
+            try:
+                request = urllib.request.Request(f"http://{host}/computeMetadata/v1/instance/{key}", headers={"Metadata-Flavor": "Google"})
+                with opener.open(request, timeout=5) as answer:
+                    if answer.read().decode(errors="replace").strip() == taken_away:
+                        stop.ask(f"the machine will be taken away ({key})")
+            except OSError:  # a look that fails says nothing; the next may not
+                continue
+
+
+@contextmanager
+def watchdog(minutes: float | None) -> Iterator[Callable[[], None]]:
+    """A function to call at every step; when it has not been called for so long, the stacks of all threads go to standard error."""
+
+    def alive() -> None:
+        if minutes is not None:
+            faulthandler.dump_traceback_later(60 * minutes, repeat=True, file=2)
+
+    alive()
+    try:
+        yield alive
+    finally:
+        if minutes is not None:
+            faulthandler.cancel_dump_traceback_later()

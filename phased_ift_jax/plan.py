@@ -1,0 +1,107 @@
+"""What a run will do, before it does it:  python -m phased_ift_jax.plan CONFIG... [--devices N] [--show 3] [--json] [--KEY VALUE ...]
+
+Reads data, tokenizer and the model's sizes, no weights, and writes nothing: rows and bins, phases, steps, learning rates, packed shapes,
+parameters, FLOPs, bytes of disk; of several configs the budgets side by side; and what a doctor would warn of. Exit code 2 where that is
+serious.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from phased_ift_jax import cli
+from phased_ift_jax.records import UserError
+
+if TYPE_CHECKING:
+    from phased_ift_jax.training.survey import Survey
+
+DIM, BRIGHT, PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[0m"
+ALIKE = 0.01  # difference of budgets above which two arms are no fair comparison
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = cli.Parser(prog="plan", description=__doc__)
+    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="YAML of a run; of several, budgets are compared")
+    parser.add_argument("--devices", type=int, metavar="N", help="plan for so many devices, instead of those of this machine")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N examples; what is trained is bright, or in [ ] where there are no colours")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, as docs/formats.md says, instead of tables")
+    options, overrides = cli.parse_with_keys(parser, argv)
+
+    from phased_ift_jax import config
+    from phased_ift_jax.sharding import mesh_sizes
+    from phased_ift_jax.training.doctor import examine
+    from phased_ift_jax.training.survey import describe, facts, survey
+
+    surveys, findings = [], []
+    for path in options.configs:
+        loaded = config.load(path, overrides)
+        surveys.append(survey(loaded, mesh_sizes(loaded.mesh, options.devices or _devices())))
+        findings.append(examine(surveys[-1]))
+    if options.json:
+        told = [facts(run) | {"findings": [vars(finding) for finding in found]} for run, found in zip(surveys, findings, strict=True)]
+        print(json.dumps({"runs": told}))
+    else:
+        for number, (path, run, found) in enumerate(zip(options.configs, surveys, findings, strict=True)):
+            print(("\n" if number else "") + (f"{path}\n" if len(surveys) > 1 else "") + describe(run, f"{options.devices} devices" if options.devices else "this machine"))
+            print("\n" + cli.table(_sizes(facts(run))))
+            for example in _examples(run, options.show):
+                print(f"\n{example}")
+            if found:
+                print("\n" + "\n".join(f"{'serious' if finding.serious else 'note'}: {finding.text}" for finding in found))
+        if len(surveys) > 1:
+            print("\n" + _comparison(surveys))
+    if serious := [finding.text for found in findings for finding in found if finding.serious]:
+        raise UserError("\n".join(serious))
+    return 0
+
+
+def _devices() -> int:
+    import jax
+
+    return jax.device_count()
+
+
+def _sizes(told: dict[str, Any]) -> list[list[str]]:
+    return [
+        ["parameters", f"{told['parameters']:,}"],
+        ["state in memory, over all devices", f"{told['state_bytes'] / 1e9:,.1f} GB of weights and moments, and {told['gradient_bytes'] / 1e9:,.1f} GB of gradients"],
+        ["disk", f"{told['disk_bytes'] / 1e9:,.1f} GB at most: checkpoints and exports"],
+    ]
+
+
+def _examples(run: Survey, count: int) -> list[str]:
+    """The first examples that the run trains, token by token, as the model gets them."""
+    colours = sys.stdout.isatty()
+    shown = []
+    for row in run.plan.phases[0].steps[0][:count]:
+        example = run.dataset.examples[row]
+        trained = [any(start <= i < end for start, end in example.responses) for i in range(len(example.tokens))]
+        words = run.tokenizer.convert_ids_to_tokens(example.tokens.tolist())
+        text, before = "", None
+        for word, bright in zip(words, trained, strict=True):
+            if bright != before:
+                text += (BRIGHT if bright else PLAIN + DIM) if colours else "[" if bright else "]" if before else ""
+            text, before = text + word.replace("▁", " ").replace("<0x0A>", "\n").replace("Ġ", " ").replace("Ċ", "\n"), bright
+        text += PLAIN if colours else "]" if before else ""
+        source = run.dataset.records[row].source
+        shown.append(f"{source}: {len(example.tokens)} tokens, {example.response_tokens} of them trained{' (truncated)' if example.truncated else ''}\n{text}")
+    return shown
+
+
+def _comparison(surveys: list[Survey]) -> str:
+    ledgers = [run.plan.ledger() for run in surveys]
+    rows: list[list[str]] = [["budget", *(run.config.output_dir for run in surveys)]]
+    warnings = []
+    for name in ledgers[0]:
+        values = [ledger[name] for ledger in ledgers]
+        rows.append([name, *(f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" for value in values)])
+        if max(values) - min(values) > ALIKE * max(values):
+            warnings.append(f"note: {name} differs by {(max(values) - min(values)) / max(values):.1%}: no like for like")
+    return "\n".join([cli.table(rows), *warnings])
+
+
+if __name__ == "__main__":
+    cli.run(main)
