@@ -11,19 +11,20 @@ from datetime import timedelta
 from pathlib import Path
 
 from phased_ift_jax import cli
+from phased_ift_jax.object_store import is_address
 from phased_ift_jax.records import UserError
 
 
 def main(argv: Sequence[str]) -> int:
     parser = cli.Parser(prog="status", description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="output_dir of a run")
+    parser.add_argument("run", metavar="RUN", help="output_dir of a run: a folder, or an address such as gs://bucket/runs/one")
     parser.add_argument("--verify", action="store_true", help="compare every file of every checkpoint with the hash that was saved with it")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     args = parser.parse_args(argv)
 
-    from phased_ift_jax.training.status import status
+    from phased_ift_jax.training.status import status, status_of_address
 
-    facts = status(Path(args.run).expanduser(), args.verify)
+    facts = status_of_address(args.run, args.verify) if is_address(args.run) else status(Path(args.run).expanduser(), args.verify)
     if args.json:
         print(json.dumps(facts))
     else:

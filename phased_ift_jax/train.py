@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from phased_ift_jax import cli, processes
 from phased_ift_jax.interrupts import STOPPED, Stop, Stopped, listening, unbroken
+from phased_ift_jax.object_store import SCHEME
 from phased_ift_jax.records import UserError
 from phased_ift_jax.xla_flags import set_flags
 
@@ -63,6 +64,8 @@ def _train(run_config: RunConfig, fresh: bool, profile: tuple[int, int] | None, 
         for answer in answers[: run_config.evaluation.show_answers]:
             print(f"\n{name}: {answer.prompt}\n  expected {answer.response!r}\n  answered {answer.answer!r}")
     print(f"\ndone: {run.last_export} loads with transformers.AutoModelForCausalLM", flush=True)
+    if run_config.output_dir.startswith(SCHEME):
+        print(f"all of it lies in {run_config.output_dir}")
     if address := processes.agree(lambda: loop.publish(run)):
         print(f"uploaded: {address}")
 

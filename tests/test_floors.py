@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "phased_ift_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
-FLOOR = dict.fromkeys(("config", "interrupts", "processes", "files", "foreign_keys", "records", "sharding", "cli", "xla_flags"), 0)
+FLOOR = dict.fromkeys(("config", "interrupts", "processes", "files", "foreign_keys", "object_store", "records", "sharding", "cli", "xla_flags"), 0)
 FLOOR |= {"data": 1, "models": 1, "scoring": 1, "training": 2, "evaluation": 2}
 VERB = 3  # every other file at the top
 TEXTS = sorted(
@@ -90,9 +90,16 @@ def test_rooms_on_one_floor_do_not_see_each_other() -> None:
     assert [pair for pair in ours() if floor(pair[0]) == floor(pair[1]) > 0 and room(pair[0]) != room(pair[1])] == []
 
 
-@pytest.mark.parametrize(("library", "rooms"), [("flax", {"models"}), ("openai", {"scoring"})])
+ROOMS = {"flax": {"models"}, "openai": {"scoring"}, "google_crc32c": {"object_store.py"}, "etils": {"training"}}
+
+
+@pytest.mark.parametrize(("library", "rooms"), ROOMS.items())
 def test_a_library_stays_in_its_room(library: str, rooms: set[str]) -> None:
     assert {path for path in users_of(library) if Path(path).parts[1] not in rooms} == set()
+
+
+def test_one_file_speaks_to_a_bucket() -> None:
+    assert {name(path) for path in FILES if any(imported.startswith("google.cloud") for imported in imports(path))} == {"phased_ift_jax/object_store.py"}
 
 
 def test_data_scoring_and_evaluation_know_no_jax() -> None:

@@ -225,11 +225,11 @@ def test_saves_by_the_clock_come_once_each(config_of, cache, tmp_path):
     assert np.diff(saved).min() > 1, saved
 
 
-LAST_WORDS = b"""E1121 14:36:20.977735    4856 coordination_service.cc:1549] [5] Use error polling to propagate the following error to all tasks: The following tasks are unhealthy (stopped sending heartbeats):
-1
-The tasks have crashed.
-F1121 14:36:20.978967    4867 client.h:80] Terminating process because the JAX distributed service detected fatal errors.
-"""
+LAST_WORDS = (
+    b"E1121 14:36:20.977735    4856 coordination_service.cc:1549] [5] Use error polling to propagate the following error to all tasks: "
+    b"UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n1\nThe tasks have crashed.\n"
+    b"F1121 14:36:20.978967    4867 client.h:80] Terminating process because the JAX distributed service detected fatal errors.\n"
+)
 
 
 @pytest.mark.parametrize("said", [b"loss 1.0\n", b"\r 3/9 [00:01]\r", b"E0521 08:00:00.000000 1 coordination_service_agent.cc:9] will retry\n"])

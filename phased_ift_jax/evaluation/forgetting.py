@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from phased_ift_jax.files import write_whole
@@ -22,7 +23,11 @@ class ForgettingMatrix:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: list[dict] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+
+    @cached_property
+    def rows(self) -> list[dict]:
+        """Read when they are first asked for: a run may have to bring the file in before."""
+        return list(json.loads(self.path.read_text(encoding="utf-8"))["rows"]) if self.path.exists() else []
 
     def __contains__(self, after: object) -> bool:
         return any(row["after"] == after for row in self.rows)

@@ -27,8 +27,8 @@ from phased_ift_jax import processes
 from phased_ift_jax.files import is_full, set_aside, write_whole
 from phased_ift_jax.records import Failure, UserError
 from phased_ift_jax.sharding import owned
-from phased_ift_jax.training import manifest
-from phased_ift_jax.training.stored import saving_options
+from phased_ift_jax.training import manifest, mirror
+from phased_ift_jax.training.stored import place_of, saving_options
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax raises what it logs, and a run says it in a line
 
@@ -77,7 +77,7 @@ class Checkpoints:
             UserError: it was made from other data (rows, scores or bins: its identity is another), or every checkpoint is damaged.
         """
         found = processes.agree(self._newest)
-        return (Position(**found[0]), Path(found[1])) if found else None
+        return (Position(**found[0]), self.root / found[1]) if found else None
 
     def _newest(self) -> tuple[dict[str, Any], str] | None:
         for path in manifest.unreadable(self.root):
@@ -86,7 +86,7 @@ class Checkpoints:
             if self._is_sound(path):
                 if metadata_of(path)["identity"] != self.identity:
                     raise UserError(f"data.path: rows, scores or bins have changed since '{path}' was saved; restore them, or choose another output_dir")
-                return asdict(position), str(path)
+                return asdict(position), str(path.relative_to(self.root))  # of a mirror, another host may have another
         for path, fault in self.damaged.items():
             raise UserError(f"output_dir: no whole checkpoint is left: in '{path}' {fault}; restore it, or start again with --fresh")
         if self._note.exists():
@@ -113,7 +113,7 @@ class Checkpoints:
             UserError: it is damaged.
         """
         found = processes.agree(lambda: self._of_phase(folder))
-        return Path(found) if found else None
+        return self.root / found if found else None
 
     def _of_phase(self, folder: str) -> str | None:
         path = next((path for position, path in self.committed() if position.complete and path.parent.name == folder), None)
@@ -121,7 +121,7 @@ class Checkpoints:
             return None
         if not self._is_sound(path):
             raise UserError(f"output_dir: in '{path}' {self.damaged[path]}; restore it, or start again with --fresh")
-        return str(path)
+        return str(path.relative_to(self.root))
 
     def save(self, folder: str, position: Position, tree: Any) -> None:
         """Start saving; the arrays are copied before this returns, so the next step may give up their buffers.
@@ -136,14 +136,15 @@ class Checkpoints:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 manifest.mark(path).touch()
             with saving_options():
-                saving = ocp.save_async(path.absolute(), tree, overwrite=True)
+                saving = ocp.save_async(place_of(path, begin=True), tree, overwrite=True)
         except Exception as error:
             raise _failed(path, error) from error
         facts = asdict(position) | {"identity": self.identity, "versions": versions(), "base": str(self.base.absolute()) if self.base else None}
         self._saving = self._thread.submit(self._commit, saving, path, facts)
 
     def check(self) -> None:
-        """Raise `SaveFailed` as soon as the save under way is known to have failed, rather than with the next one."""
+        """Raise `SaveFailed` as soon as the save under way is known to have failed, rather than with the next one, and `LeaseLost` likewise."""
+        mirror.check(self.root)
         if self._saving is not None and self._saving.done():
             self.wait()
 
@@ -168,7 +169,7 @@ class Checkpoints:
             return
         try:
             self._prune()
-        except OSError as error:  # the new one is whole; what is old goes with the next one
+        except (OSError, Failure) as error:  # the new one is whole; what is old goes with the next one
             print(f"warning: an old checkpoint cannot be removed: {error}", file=sys.stderr)
 
     def _prune(self) -> None:
@@ -211,7 +212,7 @@ def load_arrays(path: Path, shapes: Tree, shardings: Tree) -> Tree:
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
-        restored = ocp.load(path.absolute(), abstract)
+        restored = ocp.load(place_of(path), abstract)
     return owned(restored, shardings)
 
 

@@ -28,7 +28,7 @@ from phased_ift_jax.models.hf_export import SOURCE, export
 from phased_ift_jax.models.hf_folder import CARD, CONVERSION, CONVERTED, Folder, open_folder
 from phased_ift_jax.models.tensor_files import CODES, Tensors, ahead, reordered
 from phased_ift_jax.records import UserError
-from phased_ift_jax.training import manifest
+from phased_ift_jax.training import manifest, mirror
 from phased_ift_jax.training.checkpoint import Checkpoints, metadata_of
 from phased_ift_jax.training.model_card import PROVENANCE, card, provenance
 from phased_ift_jax.training.stored import Stored
@@ -174,11 +174,14 @@ def to_hf(source: Source, destination: Path, dtype: str | None = None, progress:
     _check_space(destination, total)
     texts |= {PROVENANCE: json.dumps({"source": mark} | facts, indent=1) + "\n"}
     export(tensors, base, destination, dtype=dtype, texts=texts, source=mark, done=progress(total))
+    mirror.export(destination)
     return True
 
 
 def check_export(folder: Path) -> None:
     """Raise `UserError` where the weights of an export are not what their headers and index say."""
+    if mirror.uploaded(folder).exists():
+        return  # it was compared with its listing when the run started
     try:
         Tensors(folder)
     except UserError:

@@ -33,7 +33,7 @@ from phased_ift_jax.models.decoder import Params
 from phased_ift_jax.models.hf_folder import open_folder
 from phased_ift_jax.records import Failure, UserError
 from phased_ift_jax.sharding import highest, make_mesh, put
-from phased_ift_jax.training import conversion
+from phased_ift_jax.training import conversion, mirror
 from phased_ift_jax.training.checkpoint import Checkpoints, Position, SaveFailed, load_arrays
 from phased_ift_jax.training.held_out import Results, evaluate
 from phased_ift_jax.training.metrics import Books, Rate, check_reporters, peak_flops
@@ -56,7 +56,7 @@ class Run(Survey):
 
     @property
     def output(self) -> Path:
-        return Path(self.config.output_dir).expanduser()
+        return mirror.folder_of(self.config.output_dir)
 
     @property
     def last_export(self) -> Path:
@@ -127,6 +127,8 @@ def train(run: Run, results: Results, stop: Stop | None = None, profile: tuple[i
     """
     with ExitStack() as held:
         processes.agree(lambda: _hold(run, held))
+        if not processes.first():
+            held.enter_context(mirror.held(run.config.output_dir, run.output, writer=False))
         alive = held.enter_context(watchdog(run.config.logging.hang_minutes))
         try:
             _train(run, results, Stop() if stop is None else stop, profile, alive)
@@ -140,6 +142,7 @@ def _hold(run: Run, held: ExitStack) -> None:
     """Make the run's folder this process's own, and look again what is in it: another may have been there since `prepare`."""
     run.output.mkdir(parents=True, exist_ok=True)
     held.enter_context(sole_writer(run.output))
+    held.enter_context(mirror.held(run.config.output_dir, run.output))
     check_output(run.config, look=False)
 
 
@@ -170,19 +173,21 @@ def _train(run: Run, results: Results, stop: Stop, profile: tuple[int, int] | No
 
 def _set_out(run: Run, results: Results, store: Checkpoints, found: tuple[Position, Path] | None) -> None:
     """Say where the run goes on, put aside what is not part of it any more, and note what it is."""
+    if found:
+        mirror.restore(found[1])
     started = [phase for phase in run.plan.phases if phase.phase.folder in results or (run.output / "hf" / phase.phase.folder).exists()]
     if found is None and started:
         raise UserError(f"output_dir: '{run.output}' holds results but no whole checkpoint to go on from; name another folder, or start again with --fresh")
     for path, fault in store.damaged.items():
-        print(f"'{path}' is damaged: {fault}; it is set aside, and the checkpoint before it is used", flush=True)
+        print(f"'{mirror.shown(path)}' is damaged: {fault}; it is set aside, and the checkpoint before it is used", flush=True)
     store.set_aside()
     if found:
         position, path = found
-        print(f"going on from {path} ({'phase complete' if position.complete else f'epoch {position.epoch + 1}'})", flush=True)
+        print(f"going on from {mirror.shown(path)} ({'phase complete' if position.complete else f'epoch {position.epoch + 1}'})", flush=True)
         for phase in started:
             if not _is_done(phase, position):  # it will be trained again, and what was made of it then is not of these weights
                 results.drop(phase.phase.folder)
-                if (export := run.output / "hf" / phase.phase.folder).exists():
+                if (export := run.output / "hf" / phase.phase.folder).exists() and not mirror.withdraw(export):
                     print(f"what was exported from {phase.phase.folder} is now in '{set_aside(export, 'before')}'", flush=True)
     write_whole(run.output / "config.yaml", dump(run.config))
     write_whole(run.output / "plan.json", json.dumps({"phases": [_outline(phase) for phase in run.plan.phases]}, indent=1) + "\n")
@@ -208,7 +213,7 @@ def publish(run: Run) -> str | None:
     if not run.config.export.push_to_hub:
         return None
     assert run.config.export.hub_model_id is not None, "the config sees to it"
-    return hub.push(run.last_export, run.config.export.hub_model_id)
+    return hub.push(mirror.fetched(run.last_export), run.config.export.hub_model_id)
 
 
 def _begin(run: Run, phase: PhasePlan, trainer: Trainer, store: Checkpoints, position: Position) -> tuple[TrainState, int]:

@@ -1,6 +1,6 @@
 """What a checkpoint is made of: `manifest.json`, written last, with the size and SHA-256 of every file. No manifest, no checkpoint.
 
-It is read without orbax and without JAX, so that `status` answers at once.
+In a bucket it is an object, with the size and CRC32C of every other one as the store tells them. It is read without orbax and without JAX, so that `status` answers at once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from phased_ift_jax.files import settle, write_whole
+from phased_ift_jax.training import mirror
 
 MANIFEST = "manifest.json"
 UNDER_WAY = ".under-way"
@@ -23,15 +24,20 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
     """Make a folder a checkpoint: have the disk hold all of it, then write its manifest, with these facts beside the hashes.
 
     Raises:
-        OSError: the disk does not hold all of it: it is no checkpoint.
+        OSError, StoreError, LeaseLost: the disk or the bucket does not hold all of it, or the bucket is another's: it is no checkpoint.
     """
+    if bucket := mirror.of(folder):
+        bucket.settle(folder)
+        text = _text(facts | {"files": bucket.contents(folder)})
+        bucket.commit(folder, text)
+        write_whole(folder / MANIFEST, text)
+        return
     names = _names(folder)
     with ThreadPoolExecutor() as pool:
         hashes = dict(zip(names, pool.map(lambda name: _look(folder / name), names), strict=True))
     for inside in [*(path for path in folder.rglob("*") if path.is_dir()), folder, folder.parent, folder.parent.parent]:
         settle(inside)
-    body = facts | {"files": hashes}
-    write_whole(folder / MANIFEST, json.dumps(body | {"sha256": _hash(body)}, indent=1) + "\n")
+    write_whole(folder / MANIFEST, _text(facts | {"files": hashes}))
 
 
 def facts_of(folder: Path) -> dict[str, Any] | None:
@@ -48,8 +54,10 @@ def fault(folder: Path) -> str | None:
     facts = facts_of(folder)
     if facts is None:
         return f"{MANIFEST} is missing or damaged"
+    there = bucket.contents(folder) if (bucket := mirror.of(folder)) else None
     with ThreadPoolExecutor() as pool:
-        for name, then, now in zip(facts["files"], facts["files"].values(), pool.map(lambda name: _look_again(folder / name), facts["files"]), strict=True):
+        looks = pool.map(lambda name: _look_again(folder / name) if there is None else there.get(name, "is gone"), facts["files"])
+        for name, then, now in zip(facts["files"], facts["files"].values(), looks, strict=True):
             if isinstance(now, str):
                 return f"{name} {now}"
             if now != then:
@@ -58,7 +66,9 @@ def fault(folder: Path) -> str | None:
 
 
 def unseal(folder: Path) -> None:
-    """Make a checkpoint none, before it is removed: half removed, it must not be taken for one."""
+    """Make a checkpoint none, before it is removed: half removed, it must not be taken for one. In a bucket all of it goes."""
+    if bucket := mirror.of(folder):
+        bucket.remove(folder)
     (folder / MANIFEST).unlink()
 
 
@@ -71,6 +81,10 @@ def unreadable(root: Path) -> list[Path]:
     """Folders of checkpoints (`<phase>/<step>`) whose manifest is missing or damaged, though no save or removal of them was under way."""
     folders = (path for path in sorted(root.glob("*/*")) if re.fullmatch(r"[0-9]+", path.name) and path.is_dir())
     return [path for path in folders if facts_of(path) is None and not mark(path).exists()]
+
+
+def _text(body: dict[str, Any]) -> str:
+    return json.dumps(body | {"sha256": _hash(body)}, indent=1) + "\n"
 
 
 def _hash(body: dict[str, Any]) -> str:

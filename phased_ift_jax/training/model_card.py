@@ -57,7 +57,7 @@ def _without_folders(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings without the folders of one's own machine, which are nobody else's business."""
 
     def bare(path: str) -> str:
-        return Path(path).name if Path(path).is_absolute() else path
+        return Path(path).name if Path(path).is_absolute() or "://" in path else path
 
     paths = settings["data"]["path"]
     settings["output_dir"] = bare(settings["output_dir"])

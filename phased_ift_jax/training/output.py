@@ -12,6 +12,7 @@ import yaml
 
 from phased_ift_jax.config import RunConfig, load
 from phased_ift_jax.files import LOCK, holder_of, sole_writer
+from phased_ift_jax.object_store import LEASE, Objects, StoreError, is_address, refusal, whoami
 from phased_ift_jax.records import UserError
 
 
@@ -19,8 +20,12 @@ def begin_afresh(config: RunConfig) -> Path | None:
     """Rename what lies in output_dir, so that a run starts at zero and nothing is lost; returns its new name, None where nothing was there.
 
     Raises:
-        UserError: another process is at it, or it holds no run.
+        UserError: another process is at it, it holds no run, or it is an address, where nothing can be renamed.
     """
+    if is_address(config.output_dir):
+        if Objects(config.output_dir).facts("config.yaml") is None:
+            return None
+        raise UserError(f"--fresh: nothing in '{config.output_dir}' can be renamed; name another output_dir, and what is there stays")
     output = Path(config.output_dir).expanduser()
     if not (output / "config.yaml").exists():
         return None
@@ -35,8 +40,11 @@ def begin_afresh(config: RunConfig) -> Path | None:
 
 def check_output(config: RunConfig, same_settings: bool = True, look: bool = True) -> None:
     """Refuse an output_dir that holds something else, is at another process's work, or holds a run with settings that would give another result."""
-    if "://" in config.output_dir:
-        raise UserError(f"output_dir: '{config.output_dir}' is not a folder on a disk; a run writes to local folders only")
+    if is_address(config.output_dir):
+        try:
+            return _check_address(config, Objects(config.output_dir), same_settings, look)
+        except StoreError as error:
+            raise UserError(f"output_dir: {error}") from None
     output = Path(config.output_dir).expanduser()
     try:
         _check_folder(config, output, same_settings, look)
@@ -57,10 +65,28 @@ def _check_folder(config: RunConfig, output: Path, same_settings: bool, look: bo
         if output.exists() and any(path.name not in (LOCK, ".config.yaml.part") for path in output.iterdir()):
             raise UserError(f"output_dir: '{output}' is not empty and holds no run; name another folder")
         return
-    if not same_settings:
-        return
+    if same_settings:
+        _check_settings(config, load(saved), str(output))
+
+
+def _check_address(config: RunConfig, objects: Objects, same_settings: bool, look: bool) -> None:
+    if look and (there := objects.facts(LEASE)) and (reason := refusal(objects, there, whoami())):
+        raise UserError(reason)
+    saved = objects.read("config.yaml")
+    if saved is None:
+        if any(name not in (LEASE, "config.yaml") for name in objects.list()):
+            raise UserError(f"output_dir: '{objects.address}' is not empty and holds no run; name another address")
+    elif same_settings:
+        try:
+            then = RunConfig.model_validate(yaml.safe_load(saved))
+        except (ValueError, yaml.YAMLError):
+            raise UserError(f"output_dir: '{objects.address}/config.yaml' is no configuration of this version; restore it, or name another output_dir") from None
+        _check_settings(config, then, objects.address)
+
+
+def _check_settings(config: RunConfig, saved: RunConfig, output: str) -> None:
     for name in ("seed", "model", "data", "curriculum", "training", "mesh"):
-        then, now = ({name: tree[name]} for tree in (load(saved).model_dump(mode="json", by_alias=True), config.model_dump(mode="json", by_alias=True)))
+        then, now = ({name: tree[name]} for tree in (saved.model_dump(mode="json", by_alias=True), config.model_dump(mode="json", by_alias=True)))
         for key in _differences(then, now):
             was, is_now = (yaml.safe_dump(_at(tree, key), default_flow_style=True).split("\n")[0] for tree in (then, now))
             raise UserError(f"{key}: the run in '{output}' was started with {was}, this is {is_now}; go back to that, name another output_dir, or start again with --fresh")

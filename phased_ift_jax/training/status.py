@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from phased_ift_jax.files import holder_of
+from phased_ift_jax.object_store import Objects, holder
 from phased_ift_jax.records import UserError
-from phased_ift_jax.training import manifest
+from phased_ift_jax.training import manifest, mirror
 from phased_ift_jax.training.metrics import whole_lines
 
 RECENT = 50  # steps whose median time tells what a step takes: compilations are among them, and count little
@@ -53,6 +54,14 @@ def status(run: Path, verify: bool = False) -> dict[str, Any]:
         "next_start": _next(phases, done, newest, run) if newest or not damaged else "finds no whole checkpoint, and refuses",
         "damaged": damaged,
     }
+
+
+def status_of_address(address: str, verify: bool = False) -> dict[str, Any]:
+    """The same of a run in a bucket, where `verify` compares with what the store says of each object."""
+    with mirror.picture(address) as folder:
+        facts = status(folder, verify)
+        of_folder = json.dumps(facts | {"at_work": holder(Objects(address))})
+        return dict(json.loads(of_folder.replace(str(folder), address.rstrip("/"))))
 
 
 def _done(phase: dict[str, Any], newest: tuple[int, int, Path] | None) -> int:

@@ -16,7 +16,9 @@ import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
+from phased_ift_jax.object_store import split
 from phased_ift_jax.records import UserError
+from phased_ift_jax.training import mirror
 
 COMMITTED = "commit_success.txt"  # orbax writes it last
 CHUNK_BYTES = 128 << 20  # what a reader of one slice has to hold at most, beside the slice
@@ -32,6 +34,16 @@ def saving_options() -> ocp.Context:
     context.array.saving.use_compression = False
     context.array.saving.scoped_storage_options_creator = options
     return context
+
+
+def place_of(checkpoint: Path, begin: bool = False) -> Any:
+    """Where orbax writes (after `begin`) and reads a checkpoint: its folder, or the bucket that it is mirrored from."""
+    bucket = mirror.of(checkpoint)
+    if bucket is None:
+        return checkpoint.absolute()
+    from phased_ift_jax.training.gs_path import GsPath
+
+    return GsPath(bucket.begin(checkpoint) if begin else bucket.address(checkpoint))
 
 
 class Stored:
@@ -98,9 +110,13 @@ class Stored:
 
     def _spec(self, path: str) -> dict[str, Any]:
         name = self._name(path) + "/"
+        base = {"driver": "file", "path": f"{self.folder}/"}
+        if bucket := mirror.of(self.folder):
+            base = dict(zip(("driver", "bucket", "path"), ("gcs", *split(bucket.address(self.folder))), strict=True))
+            base["path"] += "/"
         if self._in_ocdbt:
-            return {"driver": self._driver, "kvstore": {"driver": "ocdbt", "base": {"driver": "file", "path": f"{self.folder}/"}, "path": name}}
-        return {"driver": self._driver, "kvstore": {"driver": "file", "path": f"{self.folder}/{name}"}}
+            return {"driver": self._driver, "kvstore": {"driver": "ocdbt", "base": base, "path": name}}
+        return {"driver": self._driver, "kvstore": base | {"path": base["path"] + name}}
 
     @staticmethod
     def _name(path: str) -> str:
