@@ -77,7 +77,7 @@ class Checkpoints:
             UserError: it was made from other data (rows, scores or bins: its identity is another), or every checkpoint is damaged.
         """
         found = processes.agree(self._newest)
-        return (Position(**found[0]), Path(found[1])) if found else None
+        return (Position(**found[0]), self.root / found[1]) if found else None
 
     def _newest(self) -> tuple[dict[str, Any], str] | None:
         for path in manifest.unreadable(self.root):
@@ -86,7 +86,7 @@ class Checkpoints:
             if self._is_sound(path):
                 if metadata_of(path)["identity"] != self.identity:
                     raise UserError(f"data.path: rows, scores or bins have changed since '{path}' was saved; restore them, or choose another output_dir")
-                return asdict(position), str(path)
+                return asdict(position), str(path.relative_to(self.root))  # of a mirror, another host may have another
         for path, fault in self.damaged.items():
             raise UserError(f"output_dir: no whole checkpoint is left: in '{path}' {fault}; restore it, or start again with --fresh")
         if self._note.exists():
@@ -113,7 +113,7 @@ class Checkpoints:
             UserError: it is damaged.
         """
         found = processes.agree(lambda: self._of_phase(folder))
-        return Path(found) if found else None
+        return self.root / found if found else None
 
     def _of_phase(self, folder: str) -> str | None:
         path = next((path for position, path in self.committed() if position.complete and path.parent.name == folder), None)
@@ -121,7 +121,7 @@ class Checkpoints:
             return None
         if not self._is_sound(path):
             raise UserError(f"output_dir: in '{path}' {self.damaged[path]}; restore it, or start again with --fresh")
-        return str(path)
+        return str(path.relative_to(self.root))
 
     def save(self, folder: str, position: Position, tree: Any) -> None:
         """Start saving; the arrays are copied before this returns, so the next step may give up their buffers.
