@@ -17,13 +17,14 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from phased_ift_jax.files import write_whole
 from phased_ift_jax.records import Failure, UserError
 
 Result = TypeVar("Result")
@@ -156,19 +157,23 @@ class Objects:
         def one(pair: tuple[str, Path]) -> None:
             name, path = pair
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._told("read", name, lambda: self._bucket.blob(self._name(name)).download_to_filename(str(path), checksum="crc32c", retry=_retry()))
+            part = path.with_name(f".{path.name}.part")  # a download that fails must not leave a file that looks like one
+            self._told("read", name, lambda: self._bucket.blob(self._name(name)).download_to_filename(str(part), checksum="crc32c", retry=_retry()))
+            os.replace(part, path)
 
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(one, files))
 
-    def delete(self, names: Iterable[str], generation: int | None = None) -> None:
-        """Remove objects, several at once; one that is gone already is none. Raises `StoreError`."""
+    def delete(self, names: Iterable[str] | Mapping[str, int]) -> None:
+        """Remove objects, several at once: where generations are given, only if each is still of its own. Raises `StoreError`."""
         from google.api_core.exceptions import NotFound, PreconditionFailed
+
+        generations: Mapping[str, int] = names if isinstance(names, Mapping) else {}
 
         def one(name: str) -> None:
             def gone() -> None:
                 with suppress(NotFound, PreconditionFailed):
-                    self._bucket.blob(self._name(name)).delete(if_generation_match=generation, retry=_retry())
+                    self._bucket.blob(self._name(name)).delete(if_generation_match=generations.get(name), retry=_retry())
 
             self._told("removed", name, gone)
 
@@ -240,7 +245,25 @@ def whoami() -> str:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container whose user has no name
         user = str(os.getuid())
-    return os.environ.get("PHASED_IFT_RUN_ID") or f"{user}@{socket.gethostname()}"
+    if named := os.environ.get("PHASED_IFT_RUN_ID"):
+        return named
+    machine = work_folder() / "machine"  # names of hosts are no names: many are called localhost
+    try:
+        if not machine.exists():
+            machine.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(machine, uuid.uuid4().hex[:8])
+        return f"{user}@{socket.gethostname()}:{machine.read_text(encoding='utf-8')}"
+    except OSError:
+        return f"{user}@{socket.gethostname()}"
+
+
+def work_folder() -> Path:
+    """Where on this machine runs lie whose output_dir is an address; raises `UserError` where no home is known."""
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        return Path(os.environ.get("PHASED_IFT_WORK") or caches / "phased_ift_jax" / "runs").expanduser()
+    except RuntimeError:
+        raise UserError("output_dir: this user has no home to work in; name a folder with PHASED_IFT_WORK") from None
 
 
 class Lease:
@@ -268,10 +291,16 @@ class Lease:
             UserError: another holds it; the line says who, and until when.
             StoreError: the store cannot be reached.
         """
+        watched = 0
         while True:
             there = self._objects.facts(LEASE)
             if there is not None and (reason := refusal(self._objects, there, self.holder)):
                 raise UserError(reason)
+            if there is not None and there.generation != watched and (said := _lease(self._objects, there)[0]) and said["holder"] != self.holder:
+                # it looks expired, by a clock of ours that may be wrong: one that is renewed meanwhile is not
+                watched = there.generation
+                time.sleep(self.seconds / 3)
+                continue
             self._generation = there.generation if there else 0
             try:
                 self._write()
@@ -303,13 +332,21 @@ class Lease:
             self._thread.join()
         if self._lost is None:
             with suppress(StoreError):
-                self._objects.delete([LEASE], self._generation)
+                self._objects.delete({LEASE: self._generation})
 
     def _write(self) -> None:
         with self._writing:
             self._renewals += 1
             said = {"holder": self.holder, "process": f"process {os.getpid()} on {socket.gethostname()}", "seconds": self.seconds, "token": self.token, "renewals": self._renewals}
-            self._generation = self._objects.write(LEASE, (json.dumps(said) + "\n").encode(), over=self._generation)
+            body = (json.dumps(said) + "\n").encode()
+            try:
+                self._generation = self._objects.write(LEASE, body, over=self._generation)
+            except Changed:
+                # perhaps by ourselves: a renewal whose answer was lost
+                there = self._objects.facts(LEASE)
+                if there is None or self.token not in (self._objects.read(LEASE) or b"").decode(errors="replace"):
+                    raise
+                self._generation = self._objects.write(LEASE, body, over=there.generation)
 
     def _renew_on(self) -> None:
         while not self._ended.wait(self.seconds / 4):
@@ -322,11 +359,12 @@ class Lease:
                 continue  # the next renewal, or the commit of a checkpoint, will tell
 
     def _lose(self) -> None:
-        try:
-            who = holder(self._objects)
-        except StoreError:
-            who = None
-        self._lost = f"'{self._objects.address}' was taken over by {who or 'another process'}; this one stops, and nothing of it is saved from here on"
+        def lost(who: str) -> str:
+            return f"'{self._objects.address}' was taken over by {who}; this one stops, and nothing of it is saved from here on"
+
+        self._lost = lost("another process")  # at once: by whom can be asked later
+        with suppress(StoreError):
+            self._lost = lost(holder(self._objects) or "another process")
 
 
 def holder(objects: Objects, there: Facts | None = None) -> str | None:

@@ -105,6 +105,39 @@ def test_a_machine_that_is_gone_is_no_loss(gcs, stopped, rows, undisturbed, monk
     assert len([name for name in lease.list() if name.endswith("manifest.json")]) == 3
 
 
+def test_a_start_that_cannot_read_leaves_the_bucket_as_it_was(gcs, stopped, rows, undisturbed, monkeypatch, tmp_path):  # noqa: F811
+    """What a failed download leaves on this machine is not the run, and is not put in its place."""
+    gcs.buckets["bucket"].update(stopped)
+    before = gcs.objects()
+
+    def download(self, files):
+        for _, path in files:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
+        raise object_store.StoreError("the network is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objects, "download", download)
+        with pytest.raises(object_store.StoreError, match="the network is gone"):
+            train(make_config(rows, ADDRESS, checkpoint__save_steps=2))
+    assert gcs.objects() == before
+    assert_same_result(train(make_config(rows, ADDRESS, checkpoint__save_steps=2)).output, undisturbed)
+
+
+def test_what_was_taken_over_is_not_touched_any_more(gcs, stopped, monkeypatch, tmp_path):
+    """A process that has slept through its lease removes nothing, uploads nothing and commits nothing of what another has put there since."""
+    gcs.buckets["bucket"].update(stopped)
+    objects, checkpoint = Objects(ADDRESS), tmp_path / "run/checkpoints/2-medium/4"
+    (tmp_path / "run").mkdir()
+    slept = mirror.Mirror(objects, tmp_path / "run", Lease(objects).acquire())
+    Lease(objects).acquire()
+    before = gcs.objects()
+    for act in (slept.begin, slept.settle, slept.remove, lambda path: slept.commit(path, "{}"), lambda path: slept.export(path)):
+        with pytest.raises(LeaseLost):
+            act(checkpoint)
+        assert gcs.objects() == before
+
+
 @pytest.mark.parametrize("moment", ["first save", "manifest", "removal", "evaluation", "export"])
 def test_a_kill_at_any_moment_is_no_loss(gcs, rows, undisturbed, monkeypatch, tmp_path, moment, capsys):  # noqa: F811
     """Before a manifest, within a removal, after a phase, before an export's last object: nothing half done is taken for whole."""

@@ -68,9 +68,9 @@ def test_a_write_holds_over_one_generation_only(objects):
     second = objects.write("x", b"two", over=first)
     with pytest.raises(Changed):
         objects.write("x", b"three", over=first)
-    objects.delete(["x"], first)
+    objects.delete({"x": first})
     assert objects.read("x") == b"two", "a removal of another generation removes nothing"
-    objects.delete(["x"], second)
+    objects.delete({"x": second})
     assert objects.read("x") is None
 
 
@@ -255,8 +255,43 @@ def test_a_lease_that_cannot_be_read_is_nobodys(objects):
     Lease(objects, "tpu-a", 60).acquire().release()
 
 
-def test_a_holder_is_what_a_launcher_says_it_is(monkeypatch):
+def test_a_renewal_whose_answer_was_lost_is_ours(objects):
+    """It was applied, and the store's answer never came: what stands there bears our token, and the run goes on."""
+    lease = Lease(objects, "tpu-a", 60).acquire()
+    said = json.loads(objects.read(LEASE))
+    objects.write(LEASE, json.dumps(said | {"renewals": 99}).encode(), over=lease._generation)
+    lease.confirm()
+    objects.write(LEASE, json.dumps(said | {"token": "another's"}).encode())
+    with pytest.raises(LeaseLost):
+        lease.confirm()
+
+
+def test_an_expired_lease_is_looked_at_twice(objects, gcs):
+    """By a clock that is wrong a lease may look expired: one that is renewed while it is watched is not taken."""
+    held = Lease(objects, "tpu-a", 60).acquire()
+    watched = []
+
+    def renew_meanwhile(seconds):
+        watched.append(seconds)
+        held.confirm()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(object_store.time, "sleep", renew_meanwhile)
+        patch.setattr(object_store, "refusal", lambda objects, there, me: "it lives" if len(watched) > 1 else None)
+        with pytest.raises(UserError, match="it lives"):
+            Lease(objects, "tpu-b", 60).acquire()
+    assert watched[0] == 20
+    held.check()
+    held.confirm()
+
+
+def test_a_holder_is_what_a_launcher_says_it_is_or_one_machines_disk(monkeypatch, tmp_path):
     monkeypatch.setenv("PHASED_IFT_RUN_ID", "my-tpu")
     assert object_store.whoami() == "my-tpu"
     monkeypatch.delenv("PHASED_IFT_RUN_ID")
-    assert "@" in object_store.whoami()
+    names = []
+    for disk in ("one", "one", "other"):
+        monkeypatch.setenv("PHASED_IFT_WORK", str(tmp_path / disk))
+        names.append(object_store.whoami())
+    assert names[0] == names[1] != names[2]
+    assert "@" in names[0]

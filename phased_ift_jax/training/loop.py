@@ -140,7 +140,11 @@ def train(run: Run, results: Results, stop: Stop | None = None, profile: tuple[i
 
 def _hold(run: Run, held: ExitStack) -> None:
     """Make the run's folder this process's own, and look again what is in it: another may have been there since `prepare`."""
-    run.output.mkdir(parents=True, exist_ok=True)
+    try:
+        run.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        where = "" if str(run.output) == run.config.output_dir else "; it is where this machine works for it: name another folder with PHASED_IFT_WORK"
+        raise UserError(f"output_dir: cannot write '{run.output}': {error.strerror}{where}") from None
     held.enter_context(sole_writer(run.output))
     held.enter_context(mirror.held(run.config.output_dir, run.output))
     check_output(run.config, look=False)

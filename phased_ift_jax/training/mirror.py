@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,11 +16,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from phased_ift_jax.files import LOCK, write_whole
-from phased_ift_jax.object_store import LEASE, SCHEME, Facts, Lease, Objects, StoreError, split
+from phased_ift_jax.object_store import SCHEME, Facts, Lease, Objects, StoreError, split, work_folder
 from phased_ift_jax.records import Failure, UserError
 
 MANIFEST = "manifest.json"
 LEDGERS = "ledgers"
+LEDGER_FILES = ("config.yaml", "plan.json", "metrics.jsonl", "trained_ids.jsonl", "forgetting.json", "quarantine.jsonl", "nonfinite.json", "wandb_run_id")
 SNAPSHOT = ".snapshot"
 NEWEST = "newest_checkpoint"
 CHECKPOINT = re.compile(r"(checkpoints/[^/]+/[0-9]+)/(.+)")
@@ -36,9 +36,7 @@ def folder_of(output_dir: str) -> Path:
     if not output_dir.startswith(SCHEME):
         return Path(output_dir).expanduser()
     bucket, name = split(output_dir)
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    work = Path(os.environ.get("PHASED_IFT_WORK") or caches / "phased_ift_jax" / "runs").expanduser()
-    return work / hashlib.sha256(f"{bucket}/{name}".encode()).hexdigest()[:16] / name.rpartition("/")[2]
+    return work_folder() / hashlib.sha256(f"{bucket}/{name}".encode()).hexdigest()[:16] / name.rpartition("/")[2]
 
 
 def uploaded(export: Path) -> Path:
@@ -89,7 +87,7 @@ class Mirror:
 
     def __init__(self, objects: Objects, folder: Path, lease: Lease | None = None) -> None:
         self.objects, self.folder, self.lease = objects, folder.absolute(), lease
-        self._announced = False
+        self._announced = self._pulled = False
 
     @contextmanager
     def open(self) -> Iterator[Path]:
@@ -106,7 +104,7 @@ class Mirror:
     def pull(self) -> None:
         """Make the folder what the bucket says; what an earlier save or removal that was killed has left there goes, if we may write."""
         for path in self.folder.iterdir():
-            if path.name != LOCK:
+            if path.name not in (LOCK, "profile", "wandb"):  # traces, which are nowhere else
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         listing = self.objects.list()
         remains = {f"{match[1]}{match[2]}" for match in map(MARK.fullmatch, listing) if match} - {name.removesuffix(f"/{MANIFEST}") for name in listing}
@@ -114,7 +112,7 @@ class Mirror:
         if self.lease is not None:
             self.objects.delete(name for name in left if not MARK.fullmatch(name))
             self.objects.delete(name for name in left if MARK.fullmatch(name))
-        wanted = {name for name in listing if "/" not in name and name != LEASE}
+        wanted = {name for name in listing if name in (*LEDGER_FILES, NEWEST)}
         for name in listing.keys() - set(left):
             if match := CHECKPOINT.fullmatch(name):
                 (self.folder / match[1]).mkdir(parents=True, exist_ok=True)
@@ -124,6 +122,7 @@ class Mirror:
             if (match := re.fullmatch(r"(hf/[^/]+)\.json", name)) and self.objects.read(name) == (text := self._inventory(match[1], listing)).encode():
                 (self.folder / match[1]).mkdir(parents=True)
                 write_whole(uploaded(self.folder / match[1]), text)
+        self._pulled = True
 
     def restore(self, checkpoint: Path) -> None:
         """Bring in the ledgers as they were with a checkpoint. What was measured since then is of weights that were saved, and stays."""
@@ -155,6 +154,7 @@ class Mirror:
 
     def settle(self, checkpoint: Path) -> None:
         """Upload the ledgers as they were when the save began, to the checkpoint and to where everybody looks for them."""
+        self._confirm()
         snapshot = self.folder / SNAPSHOT
         files = [path for path in snapshot.rglob("*") if path.is_file()]
         self.objects.upload((f"{self._name(checkpoint)}/{LEDGERS}/{path.relative_to(snapshot)}", path) for path in files)
@@ -167,6 +167,7 @@ class Mirror:
         self.lease.confirm()
         name = self._name(checkpoint)
         self.objects.write(f"{name}/{MANIFEST}", text.encode(), over=0)
+        self.lease.confirm()  # again: what is old goes only where this one counts
         self.objects.write(NEWEST, f"{self.objects.address}/{name}\n".encode())
         self.objects.delete([self._mark(checkpoint)])
         small = (inside for inside in self.contents(checkpoint) if SMALL.fullmatch(inside))
@@ -176,14 +177,14 @@ class Mirror:
     def remove(self, checkpoint: Path) -> None:
         """Remove a checkpoint that newer ones have made old."""
         assert self.lease is not None, "only the holder of the lease removes"
-        self.lease.check()
         self._clear(checkpoint)
         self.objects.delete([self._mark(checkpoint)])
 
     def export(self, folder: Path) -> None:
         """Upload a Hugging Face folder, and last the object that says that it is whole. Of earlier ones the weights leave the mirror."""
         name = str(folder.absolute().relative_to(self.folder))
-        self.objects.delete([f"{name}.json", *self._look(name)])
+        self._confirm()
+        self.objects.delete([f"{name}.json", *(f"{name}/{inside}" for inside in self._look(name))])
         self.objects.upload((f"{name}/{path.relative_to(folder)}", path) for path in folder.rglob("*") if path.is_file())
         if self.lease is not None:
             self.lease.confirm()
@@ -203,23 +204,29 @@ class Mirror:
         """The last word of a run that ends, however it does, and the lease is another's."""
         assert self.lease is not None
         with suppress(Failure):  # the error that ends the run is said, not this one; what a start needs is in the checkpoints
-            self.lease.confirm()
-            self.publish()
+            if self._pulled:  # else what lies in the folder is not the run
+                self.lease.confirm()
+                self.publish()
         self.lease.release()
 
     def _ledgers(self) -> list[Path]:
         """Files of the run but checkpoints, exports and traces."""
-        apart = {"checkpoints", "hf", "profile", "wandb", NEWEST}
         inside = ((path, path.relative_to(self.folder).parts) for path in self.folder.rglob("*") if path.is_file())
-        return [path for path, parts in inside if parts[0] not in apart and not any(part.startswith(".") for part in parts)]
+        return [path for path, parts in inside if parts[0] in (*LEDGER_FILES, "tensorboard") and not any(part.startswith(".") for part in parts)]
 
     def _clear(self, checkpoint: Path) -> None:
         """Remove what lies where a checkpoint is or is to be, the manifest first; the mark says until then that these are remains."""
         name = self._name(checkpoint)
+        there = {found: facts.generation for found, facts in self.objects.list(f"{name}/").items()}
+        self._confirm()  # after the look: what another has put there since is of another generation, and stays
         self.objects.write(self._mark(checkpoint), b"")
-        if there := self.objects.list(f"{name}/"):
-            self.objects.delete([f"{name}/{MANIFEST}"])
-            self.objects.delete(there)
+        if sealed := there.pop(f"{name}/{MANIFEST}", 0):
+            self.objects.delete({f"{name}/{MANIFEST}": sealed})
+        self.objects.delete(there)
+
+    def _confirm(self) -> None:
+        if self.lease is not None:
+            self.lease.confirm()
 
     def _inventory(self, name: str, listing: dict[str, Facts] | None = None) -> str:
         """What an export is made of, as the object that makes it whole says it."""
@@ -260,6 +267,7 @@ def withdraw(folder: Path) -> bool:
     mirror = of(folder)
     if mirror is None:
         return False
+    mirror._confirm()
     mirror.objects.delete([f"{folder.absolute().relative_to(mirror.folder)}.json"])
     uploaded(folder).unlink(missing_ok=True)
     shutil.rmtree(folder)
