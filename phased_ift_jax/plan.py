@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         for number, (path, run, found) in enumerate(zip(options.configs, surveys, findings, strict=True)):
             print(("\n" if number else "") + (f"{path}\n" if len(surveys) > 1 else "") + describe(run, f"{options.devices} devices" if options.devices else "this machine"))
-            print("\n" + cli.table(_sizes(facts(run))))
+            print(_sizes(facts(run)))
             for example in _examples(run, options.show):
                 print(f"\n{example}")
             if found:
@@ -70,12 +70,18 @@ def _devices() -> int:
         raise UserError(f"this machine's devices cannot be asked ({' '.join(str(error).split())[:120]}); say how many to plan for with --devices") from None
 
 
-def _sizes(told: dict[str, Any]) -> list[list[str]]:
-    return [
-        ["parameters", f"{told['parameters']:,}"],
-        ["state in memory, over all devices", f"{told['state_bytes'] / 1e9:,.1f} GB of weights and moments, and {told['gradient_bytes'] / 1e9:,.1f} GB of gradients"],
-        ["disk", f"{told['disk_bytes'] / 1e9:,.1f} GB at most: checkpoints and exports"],
-    ]
+def _sizes(told: dict[str, Any]) -> str:
+    state, gradients, disk = (_bytes(told[name]) for name in ("state_bytes", "gradient_bytes", "disk_bytes"))
+    return (
+        f"size    {told['parameters']:,} parameters; over all devices {state} of weights and moments and {gradients} of gradients\n"
+        f"disk    {disk} at most: checkpoints and exports"
+    )
+
+
+def _bytes(count: float) -> str:
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    power = min((len(str(int(count))) - 1) // 3, len(units) - 1)
+    return f"{count / 1000**power:.4g} {units[power]}"
 
 
 def _examples(run: Survey, count: int) -> list[str]:

@@ -17,7 +17,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -328,21 +327,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", type=int, default=None, metavar="RUN", help="this run alone, with the moments that it has among all")
     parser.add_argument("--work", type=Path, default=None, help="an empty folder to work in, kept; otherwise a temporary one, kept where a law was broken")
     options = parser.parse_args(argv)
-    work = options.work or Path(tempfile.mkdtemp(prefix="kills-"))
-    work.mkdir(parents=True, exist_ok=True)
-    work, begun = work.resolve(), time.monotonic()
-    references = make_references(work)
-    life = references["keep"].life
-    print(f"in '{work}': undisturbed, {sum(references['keep'].steps)} steps, {life.whole:.1f} s ({life.plan:.1f} s to the plan, {life.first:.1f} s to the first step)", flush=True)
-    tally = kill_all(options.n, options.runs, options.seed, options.jobs, work, references, options.only)
-    print(f"\n{table(tally.kills)}\n")
-    print(f"{tally.kills.total()} kills in {tally.folders} runs, {tally.damages} files damaged, {tally.compared} checkpoints compared", end="")
-    print(f", {len(tally.broken)} broken, {time.monotonic() - begun:.0f} s (seed {options.seed})", flush=True)
-    for line in tally.broken:
-        print(f"BROKEN {line}")
-    if not options.work and not tally.broken:
-        shutil.rmtree(work)
-    return 1 if tally.broken else 0
+    begun = time.monotonic()
+    with micro.workplace(options.work, "kills-") as (work, broken):
+        references = make_references(work)
+        life = references["keep"].life
+        steps = sum(references["keep"].steps)
+        print(f"in '{work}': undisturbed, {steps} steps, {life.whole:.1f} s ({life.plan:.1f} s to the plan, {life.first:.1f} s to the first step)", flush=True)
+        tally = kill_all(options.n, options.runs, options.seed, options.jobs, work, references, options.only)
+        broken += tally.broken
+        print(f"\n{table(tally.kills)}\n")
+        print(f"{tally.kills.total()} kills in {tally.folders} runs, {tally.damages} files damaged, {tally.compared} checkpoints compared", end="")
+        print(f", {len(broken)} broken, {time.monotonic() - begun:.0f} s (seed {options.seed})", flush=True)
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":

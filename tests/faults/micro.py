@@ -10,9 +10,11 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -192,6 +194,18 @@ def timed(run: Run, *program: str) -> Life:
     if process.returncode:
         raise Broken(f"exit code {process.returncode} undisturbed\n{run.tail()}")
     return Life(seen["plan"], seen["first"], time.monotonic() - begun)
+
+
+@contextmanager
+def workplace(given: Path | None, prefix: str) -> Iterator[tuple[Path, list[str]]]:
+    """A folder to work in and a list for the laws found broken, which are printed at the end; a temporary folder is kept where there are any."""
+    work, broken = given or Path(tempfile.mkdtemp(prefix=prefix)), list[str]()
+    work.mkdir(parents=True, exist_ok=True)
+    yield work.resolve(), broken
+    for line in broken:
+        print(f"BROKEN {line}")
+    if not given and not broken:
+        shutil.rmtree(work)
 
 
 # --- what lies in the folder of a run ---------------------------------------------------------------------------------------------

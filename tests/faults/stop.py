@@ -13,7 +13,6 @@ import argparse
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -125,18 +124,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=None, help="an empty folder to work in, kept; otherwise a temporary one, kept where a law was broken")
     options = parser.parse_args(argv)
-    work = options.work or Path(tempfile.mkdtemp(prefix="stops-"))
-    work.mkdir(parents=True, exist_ok=True)
-    work, begun = work.resolve(), time.monotonic()
-    stops = stop_all(options.n, options.seed, make_references(work), work)
-    longest = max((seconds for *_, seconds in stops.seen), default=0.0)
-    print(f"\n{len(stops.seen)} stops in {stops.runs} runs, at most {longest:.2f} s to the end", end="")
-    print(f", {len(stops.broken)} broken, {time.monotonic() - begun:.0f} s (seed {options.seed})", flush=True)
-    for line in stops.broken:
-        print(f"BROKEN {line}")
-    if not options.work and not stops.broken:
-        shutil.rmtree(work)
-    return 1 if stops.broken else 0
+    begun = time.monotonic()
+    with micro.workplace(options.work, "stops-") as (work, broken):
+        stops = stop_all(options.n, options.seed, make_references(work), work)
+        broken += stops.broken
+        longest = max((seconds for *_, seconds in stops.seen), default=0.0)
+        print(f"\n{len(stops.seen)} stops in {stops.runs} runs, at most {longest:.2f} s to the end", end="")
+        print(f", {len(broken)} broken, {time.monotonic() - begun:.0f} s (seed {options.seed})", flush=True)
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":
