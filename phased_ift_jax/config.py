@@ -139,8 +139,9 @@ class CurriculumConfig(Section):
                 TrainingConfig.model_validate(phase.overrides)
             except ValidationError as error:
                 raise ValueError(f"phase {phase.name!r}: " + "; ".join(_faults(error, TrainingConfig, "training."))) from None
-            if "deterministic" in phase.overrides:
-                raise ValueError(f"phase {phase.name!r}: deterministic holds for a whole run; set training.deterministic")
+            for key in ("deterministic", "adam_mu_dtype", "gradient_dtype"):
+                if key in phase.overrides:
+                    raise ValueError(f"phase {phase.name!r}: {key} holds for a whole run; set training.{key}")
         return self
 
     @property
@@ -163,6 +164,10 @@ class TrainingConfig(Section):
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of Adam's first moment")
     adam_beta2: float = Field(0.95, ge=0, lt=1, description="decay of Adam's second moment")
     adam_epsilon: float = Field(1.0e-8, gt=0, description="added to the root of Adam's second moment")
+    adam_mu_dtype: FloatType | None = Field(None, description="dtype of Adam's first moment; default: model.param_dtype's; bfloat16 saves 2 bytes a parameter")
+    gradient_dtype: FloatType | None = Field(
+        None, description="dtype in which gradients are held; default: model.param_dtype's; bfloat16 saves memory; norm, moments and the sum of several parts are wide anyway"
+    )
     on_nonfinite: Literal["stop", "skip"] = Field("stop", description="a loss or gradient that is no finite number ends the run, or its step is left out and counted")
     max_grad_norm: float = Field(1.0, gt=0, description="global gradient norm above which gradients are scaled down")
     deterministic: bool = Field(False, description="on GPUs, the same bits every time, at some cost in speed; CPUs and TPUs do that anyway")

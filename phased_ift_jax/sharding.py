@@ -1,7 +1,8 @@
 """The device mesh, and the one table from the legend of letters to its axes (floor 0).
 
-Every array dim has a letter (`q_BTNH`); `AXES` says over which mesh axis a dim of that letter is split. Layout is applied at the
-borders only: parameters by `tree_shardings`, batches by `put`.
+Every array dim has a letter (`q_BTNH`); `AXES` says over which mesh axis a dim of that letter is split. Parameters lie so
+(`tree_shardings`), batches come so (`put`), and inside a step `constrain` holds activations and `gather` brings one layer's weights
+together where they are used. Axes of several TPU slices: `data` is the outermost, so that only it crosses the slow network between them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from phased_ift_jax.records import UserError
@@ -25,6 +28,7 @@ Tree = TypeVar("Tree")
 AXES: Mapping[str, str | tuple[str, ...] | None] = {
     "A": None,  # accumulation steps
     "B": ("data", "fsdp"),  # rows of a batch
+    "R": "data",  # rows of a batch where each shard looks at those of all: in the embedding, whose width is split
     "T": None,  # tokens of a row
     "L": None,  # layers, scanned
     "V": "tensor",  # vocabulary
@@ -55,7 +59,14 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """A mesh with axes data, fsdp and tensor over all devices (or those given); raises `UserError` as `mesh_sizes` does."""
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes["data"] % slices:
+        raise UserError(f"mesh.data: {sizes['data']} copies of the model do not go over {slices} slices, between which the network is slow; set mesh.data to {slices}, or -1 and the others to fit")
+    types = (AxisType.Auto,) * 3
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+    within = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+    return Mesh(create_hybrid_device_mesh(within, (slices, 1, 1), devices), tuple(sizes), axis_types=types)
 
 
 def batch_rows(sizes: Mapping[str, int]) -> int:
@@ -63,15 +74,49 @@ def batch_rows(sizes: Mapping[str, int]) -> int:
     return sizes["data"] * sizes["fsdp"]
 
 
-def spec(dims: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The partition of an array with these dims; a dim that its axis does not divide is held whole on each device."""
+def spec(dims: str, shape: tuple[int, ...], mesh: Mesh, whole: frozenset[str] = frozenset()) -> PartitionSpec:
+    """The partition of an array with these dims, over the axes that are not in `whole`.
+
+    A dim that its axis does not divide is held whole on each device, and so is one whose axis an earlier dim has taken: the width D of
+    an activation (B, T, D), whose rows are split over fsdp already.
+    """
+    taken = set(whole)
 
     def axis(letter: str, size: int) -> str | tuple[str, ...] | None:
         names = AXES[letter]
-        devices = np.prod([mesh.shape[name] for name in ([names] if isinstance(names, str) else names or [])])
-        return names if size % devices == 0 else None
+        each = [names] if isinstance(names, str) else names or []
+        if taken.intersection(each) or size % int(np.prod([mesh.shape[name] for name in each])):
+            return None
+        taken.update(each)
+        return names
 
     return PartitionSpec(*(axis(letter, size) for letter, size in zip(dims, shape, strict=True)))
+
+
+def constrain(array: jax.Array, dims: str, mesh: Mesh | None) -> jax.Array:
+    """The same array, laid out by its dims; its gradient is laid out so, too. Without a mesh, as it was."""
+    return array if mesh is None else jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec(dims, array.shape, mesh)))
+
+
+def gathered(stored: jax.Array, dims: str, dtype: jnp.dtype, mesh: Mesh | None) -> jax.Array:
+    """A parameter in `dtype` with the shards of `fsdp` brought together, as a matmul needs it; they travel in `dtype`."""
+    if mesh is None:
+        return stored.astype(dtype)
+    array = constrain(stored.astype(dtype), dims, mesh)
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec(dims, array.shape, mesh, frozenset({"fsdp"}))))
+
+
+def gather(stored: jax.Array, dims: str, dtype: jnp.dtype, mesh: Mesh | None) -> jax.Array:
+    """`gathered` for a model that is trained: each device's part of the gradient is added up straight into the shards, and none ever holds
+    the whole sum. Named "gathered", so that a policy can tell the backward pass to gather again instead of keeping all of it.
+    """
+
+    @jax.custom_vjp
+    def together(stored: jax.Array) -> jax.Array:
+        return gathered(stored, dims, dtype, mesh)
+
+    together.defvjp(lambda stored: (together(stored), None), lambda _, gradient: (constrain(gradient, dims, mesh).astype(stored.dtype),))
+    return checkpoint_name(together(stored), "gathered")
 
 
 def tree_shardings(dims: Tree, shapes: Any, mesh: Mesh) -> Tree:

@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
 from phased_ift_jax.models.attention import IMPLEMENTATIONS, Rope, attend, cache_mask, implementation, rotate, rotations
+from phased_ift_jax.sharding import constrain, gather
 
 Params = dict[str, Any]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # queries, keys, values; what is masked, it knows
@@ -48,6 +50,16 @@ class DecoderConfig:
     def train_flops(self, tokens: int, attended: int) -> float:
         """Floating-point operations of forward and backward: 6 per parameter and token, 12 N H L per (query, key) pair attended."""
         return 6.0 * self.matmul_parameters * tokens + 12.0 * self.num_layers * self.num_heads * self.head_dim * attended
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a model is computed. What is computed does not depend on it, but for rounding."""
+
+    dtype: str | None = None  # of weights and activations; None: as the parameters are
+    gradient_checkpointing: str = "none"
+    attn_implementation: str = "auto"
+    mesh: Mesh | None = None  # None: one device
 
 
 class Cache(NamedTuple):
@@ -156,6 +168,8 @@ class Context(NamedTuple):
 
 
 POLICIES = {
+    # gathered or rounded weights are made again: kept, they would be a copy of the model on every device
+    "none": jax.checkpoint_policies.save_anything_except_these_names("gathered"),
     "save_attention": jax.checkpoint_policies.save_only_these_names("attention"),
     "save_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -165,50 +179,50 @@ POLICIES = {
 class Decoder(nnx.Module):
     """Embedding, scanned layers and final norm; the head is `logits`, apart, so that a loss can apply it in chunks."""
 
-    def __init__(self, config: DecoderConfig, params: Params) -> None:
+    def __init__(self, config: DecoderConfig, params: Params, compute: Compute) -> None:
         self.config = config
+        self.compute = compute
+        self.dtype = jnp.dtype(compute.dtype or params["embed"].dtype)
         self.embed = nnx.Param(params["embed"])
-        self.layers = Layer(config, params["layers"])
-        self.norm = RMSNorm(params["norm"], config.rms_norm_eps)
+        self.layers = nnx.data(params["layers"])  # each with a leading L: a `Layer` is made of a slice of them
+        self.norm = RMSNorm(params["norm"].astype(self.dtype), config.rms_norm_eps)
 
-    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, attend: Attend, cache: Cache | None, gradient_checkpointing: str) -> tuple[jax.Array, Cache | None]:
-        x_BTD = jnp.take(self.embed[...], tokens_BT, axis=0)
-        context = Context(positions_BT, rotations(self.config.rope, self.config.head_dim, positions_BT, x_BTD.dtype), attend)
-        structure, stacked = nnx.split(self.layers)
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, attend: Attend, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+        mesh, dtype = self.compute.mesh, self.dtype
+        # the table stays split by width: each device looks up its part of every row, and only the rows change places
+        embedded_RTD = constrain(jnp.take(self.embed[...], constrain(tokens_BT, "RT", mesh), axis=0).astype(dtype), "RTD", mesh)
+        context = Context(positions_BT, rotations(self.config.rope, self.config.head_dim, positions_BT, dtype), attend)
+        dims = jax.tree.map(lambda letters: letters.removeprefix("L"), parameter_dims(self.config)["layers"])
 
-        def body(x: jax.Array, slices: tuple[Any, Any]) -> tuple[jax.Array, Any]:
-            return nnx.merge(structure, slices[0])(x, context, slices[1])
+        def body(x_BTD: jax.Array, slices: tuple[Params, Any]) -> tuple[jax.Array, Any]:
+            params = jax.tree.map(lambda weight, letters: gather(weight, letters, dtype, mesh), slices[0], dims)
+            x_BTD, cache = Layer(self.config, params)(x_BTD, context, slices[1])
+            return constrain(x_BTD, "BTD", mesh), cache
 
-        if gradient_checkpointing != "none":
-            body = jax.checkpoint(body, policy=POLICIES[gradient_checkpointing], prevent_cse=False)
-        x_BTD, slices = jax.lax.scan(body, x_BTD, (stacked, None if cache is None else tuple(cache)))
+        if self.compute.gradient_checkpointing != "none" or dtype != self.embed[...].dtype or (mesh is not None and mesh.shape["fsdp"] > 1):
+            body = jax.checkpoint(body, policy=POLICIES[self.compute.gradient_checkpointing], prevent_cse=False)
+        x_BTD, slices = jax.lax.scan(body, constrain(embedded_RTD, "BTD", mesh), (self.layers, None if cache is None else tuple(cache)))
         return self.norm(x_BTD), None if cache is None else Cache(*slices)
 
 
 def hidden_states(
-    config: DecoderConfig,
-    params: Params,
-    tokens_BT: jax.Array,
-    segments_BT: jax.Array,
-    positions_BT: jax.Array,
-    gradient_checkpointing: str = "none",
-    attn_implementation: str = "auto",
+    config: DecoderConfig, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array, compute: Compute = Compute()  # noqa: B008 - frozen
 ) -> jax.Array:
     """The final normed states (B, T, D) of packed rows; examples (equal segment numbers) attend as if each were alone."""
-    kernel = IMPLEMENTATIONS[implementation(attn_implementation)]
+    kernel = IMPLEMENTATIONS[implementation(compute.attn_implementation)]
     inside = functools.partial(kernel, segments_BT=segments_BT, window=config.sliding_window)
-    return Decoder(config, params)(tokens_BT, positions_BT, inside, None, gradient_checkpointing)[0]
+    return Decoder(config, params, compute)(tokens_BT, positions_BT, inside, None)[0]
 
 
-def unembedding(config: DecoderConfig, params: Params) -> jax.Array:
-    """The matrix (D, V) that turns hidden states into logits."""
-    return params["embed"].T if config.tie_word_embeddings else params["lm_head"]
+def unembedding(config: DecoderConfig, params: Params) -> tuple[jax.Array, str]:
+    """The matrix that turns hidden states into logits, as it is stored, and its dims: DV, or VD where it is the embedding's."""
+    return (params["embed"], "VD") if config.tie_word_embeddings else (params["lm_head"], "DV")
 
 
 def logits(config: DecoderConfig, params: Params, hidden_BTD: jax.Array) -> jax.Array:
     """Logits (B, T, V), accumulated in at least float32."""
-    wide = jnp.promote_types(hidden_BTD.dtype, jnp.float32)
-    return jnp.einsum("BTD,DV->BTV", hidden_BTD, unembedding(config, params), preferred_element_type=wide)
+    head, dims = unembedding(config, params)
+    return jnp.einsum(f"BTD,{dims}->BTV", hidden_BTD, head, preferred_element_type=jnp.promote_types(hidden_BTD.dtype, jnp.float32))
 
 
 def empty_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
@@ -221,6 +235,6 @@ def empty_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype)
 def cached_step(config: DecoderConfig, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     """States (B, T, D) of tokens at these positions, given what the cache holds of earlier ones; and the cache with them added."""
     mask_BTS = cache_mask(positions_BT, cache.k_LBSKH.shape[2], config.sliding_window)
-    hidden_BTD, filled = Decoder(config, params)(tokens_BT, positions_BT, functools.partial(attend, mask_BTS=mask_BTS), cache, "none")
+    hidden_BTD, filled = Decoder(config, params, Compute())(tokens_BT, positions_BT, functools.partial(attend, mask_BTS=mask_BTS), cache)
     assert filled is not None, "a call with a cache returns one"
     return hidden_BTD, filled

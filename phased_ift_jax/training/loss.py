@@ -2,35 +2,87 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from phased_ift_jax.models import decoder
-from phased_ift_jax.models.decoder import DecoderConfig, Params
+from phased_ift_jax.models.decoder import Compute, DecoderConfig, Params
 from phased_ift_jax.records import PackedBatch
+from phased_ift_jax.sharding import batch_rows, constrain, gathered
 
-CHUNK = 512  # positions of a row whose logits exist at once
+CHUNK = 1024  # tokens of one device whose logits exist at once
+Sums = tuple[jax.Array, jax.Array | None]  # the loss, and the head's gradient where it is asked for
 
 
-def token_losses(config: DecoderConfig, params: Params, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """-log p(target) at every position, (B, T), in at least float32."""
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cross_entropy(hidden_BTD: jax.Array, head: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, dims: str, mesh: Mesh | None) -> jax.Array:
+    """Sum over all positions of weight * -log p(target), in at least float32. `dims` of the head are DV or VD.
 
-    def chunk(hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        scores = decoder.logits(config, params, hidden)
-        return jax.nn.logsumexp(scores, axis=-1) - jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+    The gradient is made in the same pass as the loss, since what follows a sum can only scale it: the logits are computed once, and the
+    head's gradient is added up over the chunks in at least float32.
+    """
+    return _scan(hidden_BTD, head, targets_BT, weights_BT, dims, mesh, gradients=False)[0]
 
+
+def _forward(hidden_BTD: jax.Array, head: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, dims: str, mesh: Mesh | None) -> tuple[jax.Array, Sums]:
+    loss, *gradients = _scan(hidden_BTD, head, targets_BT, weights_BT, dims, mesh, gradients=True)
+    return loss, tuple(gradients)
+
+
+def _backward(dims: str, mesh: Mesh | None, gradients: Sums, scale: jax.Array) -> tuple[jax.Array, jax.Array, None, None]:
+    hidden_gradient, head_gradient = (gradient * scale.astype(gradient.dtype) for gradient in gradients)
+    return hidden_gradient, head_gradient, None, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _scan(
+    hidden_BTD: jax.Array, head: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, dims: str, mesh: Mesh | None, gradients: bool
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """The loss and, where asked for, its gradients by hidden states (B, T, D) and head (`dims`)."""
     B, T, D = hidden_BTD.shape
-    if T <= CHUNK:
-        return chunk(hidden_BTD, targets_BT)
-    padded = -(-T // CHUNK) * CHUNK
-    hidden_CBTD = jnp.pad(hidden_BTD, ((0, 0), (0, padded - T), (0, 0))).reshape(B, -1, CHUNK, D).swapaxes(0, 1)
-    targets_CBT = jnp.pad(targets_BT, ((0, 0), (0, padded - T))).reshape(B, -1, CHUNK).swapaxes(0, 1)
-    losses_CBT = jax.lax.map(lambda pair: jax.checkpoint(chunk)(*pair), (hidden_CBTD, targets_CBT))
-    return losses_CBT.swapaxes(0, 1).reshape(B, padded)[:, :T]
+    wide = jnp.promote_types(hidden_BTD.dtype, jnp.float32)
+    whole_head = gathered(head, dims, hidden_BTD.dtype, mesh)
+
+    def add(sums: Sums, chunk: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Sums, jax.Array | None]:
+        hidden_BTD, targets_BT, weights_BT = chunk
+        weights_BT = weights_BT.astype(wide)
+        scores_BTV = jnp.einsum(f"BTD,{dims}->BTV", hidden_BTD, whole_head, preferred_element_type=wide)
+        total_BT = jax.nn.logsumexp(scores_BTV, axis=-1)
+        chosen_BTV = jnp.arange(scores_BTV.shape[-1], dtype=targets_BT.dtype) == targets_BT[..., None]
+        loss = sums[0] + jnp.sum((total_BT - jnp.sum(jnp.where(chosen_BTV, scores_BTV, 0), axis=-1)) * weights_BT)
+        if sums[1] is None:
+            return (loss, None), None
+        errors_BTV = ((jnp.exp(scores_BTV - total_BT[..., None]) - chosen_BTV.astype(wide)) * weights_BT[..., None]).astype(hidden_BTD.dtype)
+        head_gradient = sums[1] + jnp.einsum(f"BTD,BTV->{dims}", hidden_BTD, errors_BTV, preferred_element_type=wide)
+        return (loss, head_gradient), jnp.einsum(f"BTV,{dims}->BTD", errors_BTV, whole_head)
+
+    chunks = chunks_of(T, -(-B // (1 if mesh is None else batch_rows(mesh.shape))))
+    sums: Sums = (jnp.zeros((), wide), jnp.zeros(head.shape, wide) if gradients else None)
+    if chunks == 1:
+        sums, hidden_gradient_BTD = add(sums, (hidden_BTD, targets_BT, weights_BT))
+    else:
+        cut = [array.reshape(B, chunks, T // chunks, *array.shape[2:]).swapaxes(0, 1) for array in (hidden_BTD, targets_BT, weights_BT)]
+        sums, hidden_gradient_CBTD = jax.lax.scan(add, sums, tuple(cut))
+        hidden_gradient_BTD = None if hidden_gradient_CBTD is None else hidden_gradient_CBTD.swapaxes(0, 1).reshape(B, T, D)
+    if sums[1] is None:
+        return sums[0], None, None
+    # added up over the devices before the layers' backward pass starts, which does not wait for it and would leave it whole till the end
+    return sums[0], *jax.lax.optimization_barrier((hidden_gradient_BTD, constrain(sums[1], dims, mesh).astype(head.dtype)))
 
 
-def summed_loss(config: DecoderConfig, params: Params, batch: PackedBatch, gradient_checkpointing: str = "none", attn_implementation: str = "auto") -> jax.Array:
+def chunks_of(T: int, rows: int) -> int:
+    """How many chunks of equal length rows of T tokens are cut into, so that `rows` of them (a device's) have at most `CHUNK` tokens in each."""
+    least = -(-T * rows // CHUNK)
+    return next((count for count in range(least, T) if T % count == 0), T)
+
+
+def summed_loss(config: DecoderConfig, params: Params, batch: PackedBatch, compute: Compute = Compute()) -> jax.Array:  # noqa: B008 - frozen
     """The sum of the trained tokens' losses of packed rows (B, T); divide by the sum of the weights for the mean."""
-    hidden_BTD = decoder.hidden_states(config, params, batch.tokens_BT, batch.segments_BT, batch.positions_BT, gradient_checkpointing, attn_implementation)
-    losses_BT = token_losses(config, params, hidden_BTD, batch.targets_BT)
-    return jnp.sum(losses_BT * batch.weights_BT.astype(losses_BT.dtype))
+    hidden_BTD = decoder.hidden_states(config, params, batch.tokens_BT, batch.segments_BT, batch.positions_BT, compute)
+    head, dims = decoder.unembedding(config, params)
+    return cross_entropy(hidden_BTD, head, batch.targets_BT, batch.weights_BT, dims, compute.mesh)

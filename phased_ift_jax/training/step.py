@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from phased_ift_jax.config import TrainingConfig
-from phased_ift_jax.models.decoder import DecoderConfig, Params, init_params, parameter_dims, parameter_shapes
+from phased_ift_jax.models.decoder import Compute, DecoderConfig, Params, init_params, parameter_dims, parameter_shapes
 from phased_ift_jax.records import PackedBatch
 from phased_ift_jax.sharding import replicated, spec, tree_shardings
 from phased_ift_jax.training.loss import summed_loss
@@ -51,6 +51,10 @@ class Trainer:
     gradient_checkpointing: str = "none"
     attn_implementation: str = "auto"
 
+    @property
+    def compute(self) -> Compute:
+        return Compute(self.dtype, self.gradient_checkpointing, self.attn_implementation, self.mesh)
+
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
         return make_optimizer(self.training, parameter_dims(self.model))
@@ -76,7 +80,7 @@ class Trainer:
 
     @cached_property
     def loss_and_gradients(self) -> Callable[[Params, PackedBatch], tuple[jax.Array, Params]]:
-        """Mean loss of a batch (A, B, T) and its gradients, each under its parameter's sharding."""
+        """Mean loss of a batch (A, B, T) and its gradients, each under its parameter's sharding and in `gradient_dtype`."""
         return jax.jit(self._loss_and_gradients, out_shardings=(replicated(self.mesh), self.shardings.params))
 
     @cached_property
@@ -88,6 +92,7 @@ class Trainer:
 
         def step(state: TrainState, batch: PackedBatch, learning_rate: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
             loss, gradients = self._loss_and_gradients(state.params, batch)
+            gradients = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), gradients)
             norm = optax.global_norm(gradients)
             params, opt_state = apply(self.optimizer, state.params, state.opt_state, gradients, learning_rate)
             new = TrainState(params, opt_state)
@@ -111,31 +116,29 @@ class Trainer:
         """Summed loss of a batch's trained tokens, and how many there are."""
 
         def evaluate(params: Params, batch: PackedBatch) -> tuple[jax.Array, jax.Array]:
-            params = self._computing(params)
-            sums = jax.lax.map(lambda part: summed_loss(self.model, params, part, "none", self.attn_implementation), batch)
+            sums = jax.lax.map(lambda part: summed_loss(self.model, params, part, self.compute), batch)
             return jnp.sum(sums), jnp.sum(batch.weights_BT)
 
         return jax.jit(evaluate, out_shardings=replicated(self.mesh))
 
-    def _computing(self, params: Params) -> Params:
-        return jax.tree.map(lambda p: p.astype(self.dtype), params)
-
     def _loss_and_gradients(self, params: Params, batch: PackedBatch) -> tuple[jax.Array, Params]:
         trained = jnp.maximum(jnp.sum(batch.weights_BT), 1.0)
+        if self.training.gradient_dtype:  # gradients have the dtype of what they are gradients of
+            params = jax.tree.map(lambda p: p.astype(self.training.gradient_dtype), params)
 
         def part_loss(params: Params, part: PackedBatch) -> jax.Array:
-            total = summed_loss(self.model, self._computing(params), part, self.gradient_checkpointing, self.attn_implementation)
+            total = summed_loss(self.model, params, part, self.compute)
             return total / trained.astype(total.dtype)
 
-        def add(carry: tuple[jax.Array, Params], part: PackedBatch) -> tuple[tuple[jax.Array, Params], None]:
+        def of_part(part: PackedBatch) -> tuple[jax.Array, Params]:
             loss, gradients = jax.value_and_grad(part_loss)(params, part)
-            gradients = jax.lax.with_sharding_constraint(gradients, self.shardings.params)
-            return (carry[0] + loss, jax.tree.map(jnp.add, carry[1], gradients)), None
-
-        parts = batch.tokens_BT.shape[0]
-        if parts == 1:
-            loss, gradients = jax.value_and_grad(part_loss)(params, jax.tree.map(lambda x: x[0], batch))
             return loss, jax.lax.with_sharding_constraint(gradients, self.shardings.params)
-        zero = jnp.zeros((), jnp.promote_types(self.dtype, jnp.float32))
-        (loss, gradients), _ = jax.lax.scan(add, (zero, jax.tree.map(jnp.zeros_like, params)), batch)
-        return loss, gradients
+
+        def add(sums: tuple[jax.Array, Params], part: PackedBatch) -> tuple[tuple[jax.Array, Params], None]:
+            return jax.tree.map(lambda total, more: total + more.astype(total.dtype), sums, of_part(part)), None
+
+        if batch.tokens_BT.shape[0] == 1:
+            return of_part(jax.tree.map(lambda x: x[0], batch))
+        wide = partial(jnp.promote_types, jnp.float32)  # parts are added up in no less, whatever each is in
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p.dtype)), params)
+        return jax.lax.scan(add, (jnp.zeros((), wide(self.dtype)), zeros), batch)[0]
