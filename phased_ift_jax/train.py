@@ -25,10 +25,10 @@ def main(argv: Sequence[str]) -> int:
     """Parse, prepare, print the plan, train, print what was learnt and forgotten."""
     with listening() as stop, unbroken():  # before anything heavy is imported: a machine may be taken away at once
         run_config, fresh, profile = parse(argv)
-        set_flags(run_config.training.deterministic)
+        flags = set_flags(run_config.training.deterministic)
         try:
             with processes.joined(stop):
-                _train(run_config, fresh, profile, stop)
+                _train(run_config, fresh, profile, flags, stop)
         except Stopped:
             print(stop.farewell, flush=True)
             return STOPPED
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
 before = processes.supervise  # in a process of its own
 
 
-def _train(run_config: RunConfig, fresh: bool, profile: tuple[int, int] | None, stop: Stop) -> None:
+def _train(run_config: RunConfig, fresh: bool, profile: tuple[int, int] | None, flags: list[str], stop: Stop) -> None:
     from phased_ift_jax.config import dump
     from phased_ift_jax.evaluation.forgetting import ForgettingMatrix
     from phased_ift_jax.training import loop  # jax and what it brings: not before the command line is known to be sound
@@ -54,7 +54,7 @@ def _train(run_config: RunConfig, fresh: bool, profile: tuple[int, int] | None, 
         if before := processes.agree(lambda: str(begin_afresh(run_config) or "")):
             print(f"the run that was in '{run_config.output_dir}' is now in '{before}'", flush=True)
         stop.farewell = "stopped with everything saved; the same command without --fresh goes on"
-    print(describe(run, run.mesh.devices.flat[0].device_kind), flush=True)
+    print("\n".join([describe(run, run.mesh.devices.flat[0].device_kind), *(f"flags   {line}" for line in flags)]), flush=True)
     results = Results(ForgettingMatrix(run.output / "forgetting.json"))
     loop.train(run, results, stop, profile)
     for measure, form in (("loss", ".3f"), ("exact_match", ".1%")):
