@@ -1,7 +1,7 @@
 """Whether attention is right on a GPU, and how fast Llama-2-7B trains on it:  python benchmarks/gpu_check.py (or gpu_check.sh)
 
 First the kernels `cudnn` and `xla` in bfloat16 against `reference` in float32: outputs and gradients on packed rows, with and without
-window and grouped heads; each may be off by twice what the reference itself is off in bfloat16. Then 20 steps of Llama-2-7B from random
+window and grouped heads; each may be off by three times what the reference itself is off in bfloat16. Then 20 steps of Llama-2-7B from random
 weights on rows of 4,096 tokens, in the precision of configs/llama2_7b_h200.yaml, through the trainer of a real run; where the rows of a
 step do not fit, half as many. MFU counts 6 FLOPs a matmul parameter and token, and attention in full (12 L N H S a token) or half of it.
 Prints tables and, last, a line of JSON, which goes into $OUT/gpu_check.json, too.
@@ -27,6 +27,7 @@ LLAMA2_7B = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 1100
 TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 172, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "head_dim": 16}
 PEAK = {"H100": 989.4e12, "H200": 989.4e12}  # dense bfloat16 FLOP/s by datasheet
 CASES = [(kv_heads, window) for kv_heads in (8, 2) for window in (None, 100)]  # of 8 query heads
+ALLOWED = 3  # times the reference's own rounding, as FlashAttention's tests allow gradients
 FLOOR = 2.0**-8  # half a unit in the last place of bfloat16: below, being off means nothing
 WARM_UP = 3  # steps that are not timed
 
@@ -63,7 +64,7 @@ def attention(name: str, kv_heads: int, window: int | None, length: int, head_di
         max(float(np.linalg.norm((x - y) * (real if x.shape[2] == 8 else real[:, :, :1])) / np.linalg.norm(y)) for x, y in zip(results(kernel, jnp.bfloat16), truth, strict=True))
         for kernel in (name, "reference")
     )
-    limit = max(2 * usual, FLOOR)
+    limit = max(ALLOWED * usual, FLOOR)
     return {"kernel": name, "kv_heads": kv_heads, "window": window, "off": off, "limit": limit, "right": off <= limit}
 
 
