@@ -1,4 +1,4 @@
-"""What XLA has compiled, kept for the next start (floor 0; must speak before JAX is there).
+"""What XLA has compiled, kept for the next start (floor 0; must choose where before JAX is there).
 
 JAX writes each executable into a folder under a key of program, flags, devices and versions, and reads it there instead of compiling.
 Reading or writing that fails costs a warning and a compilation, never a run.
@@ -21,34 +21,47 @@ MOST_BYTES = 5 * 10**9  # the executables used least recently go first
 LOCK_SECONDS = 10
 NO = {"n", "no", "f", "false", "off", "0"}
 PLACE = "JAX_COMPILATION_CACHE_DIR"
+SIZE = "JAX_COMPILATION_CACHE_MAX_SIZE"
 ENABLED = "JAX_ENABLE_COMPILATION_CACHE"
 
 
-def keep(output_dir: str, several: bool) -> str:
-    """Tell JAX where to keep what is compiled, and return that in a line. What the user has set in JAX's own variables stays.
+def choose(output_dir: str, several: bool) -> Path | None:
+    """Tell JAX, before it is there, where to keep what is compiled; return the folder, for `ready`, where that is ours to choose and on a disk.
 
     That is the user's cache on this machine. Of several processes one writes, so theirs lies beside the run, where all see it; so does
-    that of a run in a bucket, whose next machine has an empty disk.
+    that of a run in a bucket, whose next machine has an empty disk. What the user has set in JAX's own variables stays.
     """
-    if os.environ.get(ENABLED, "").lower() in NO:
-        return f"none ({ENABLED} {os.environ[ENABLED]})"
-    if given := os.environ.get(PLACE):
-        return given
+    if _off() or os.environ.get(PLACE):
+        return None
+    folder = None
     if output_dir.startswith(SCHEME):
         os.environ[PLACE] = f"{output_dir.rstrip('/').rpartition('/')[0]}/{NAME}/{host()}"
         os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")  # XLA's own, of kernels it has timed, knows disks only
     else:
         try:
-            beside = Path(output_dir).expanduser().absolute().parent
-            caches = beside if several else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "phased_ift_jax"
-            mend(folder := caches / NAME / host())
-        except (OSError, RuntimeError, NotImplementedError) as error:  # no home; a disk that knows no locks
-            os.environ[ENABLED] = "false"
-            return f"none, every start compiles: {error}; name a folder with {PLACE}"
+            caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "phased_ift_jax"
+            folder = (Path(output_dir).expanduser().absolute().parent if several else caches) / NAME / host()
+        except RuntimeError:
+            return None
         os.environ[PLACE] = str(folder)
-        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(MOST_BYTES))
+        os.environ.setdefault(SIZE, str(MOST_BYTES))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # a start compiles dozens of small programs, too
-    return os.environ[PLACE]
+    return folder
+
+
+def ready(folder: Path | None) -> str:
+    """Make the folder that was chosen fit for use, and say in a line where what is compiled is kept; where it cannot be, nothing is."""
+    if _off():
+        return f"none ({ENABLED} {os.environ[ENABLED]})"
+    try:
+        if folder is not None:
+            mend(folder)
+    except (OSError, NotImplementedError) as error:  # the latter: a disk that knows no locks
+        import jax
+
+        jax.config.update(ENABLED.lower(), False)
+        return f"none, every start compiles: {error}; name a folder with {PLACE}"
+    return os.environ.get(PLACE) or f"none, every start compiles: this user has no home; name a folder with {PLACE}"
 
 
 def mend(folder: Path) -> None:
@@ -62,9 +75,13 @@ def mend(folder: Path) -> None:
         probe = folder / f".probe-{os.getpid()}"
         probe.write_bytes(b"")
         probe.unlink()
-        for entry in folder.glob("*-cache"):
+        for entry in folder.glob("*-cache") if os.environ.get(SIZE) != "-1" else ():  # without bounds no times are written
             if not entry.with_name(f"{entry.name.removesuffix('-cache')}-atime").exists():
                 entry.unlink()
+
+
+def _off() -> bool:
+    return os.environ.get(ENABLED, "").lower() in NO
 
 
 def host() -> str:

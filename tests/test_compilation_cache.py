@@ -97,36 +97,55 @@ PLACE, ENABLED, SIZE, LEAST = "JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATI
 @pytest.fixture
 def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     for name in (PLACE, ENABLED, SIZE, LEAST, "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"):
-        monkeypatch.setenv(name, "")  # so that what `keep` sets is taken back
+        monkeypatch.setenv(name, "")  # so that what `choose` sets is taken back
         monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     return monkeypatch
 
 
 def test_it_is_the_users_and_bounded(clean: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    place = f"{tmp_path}/caches/phased_ift_jax/compiled/{compilation_cache.host()}"
-    assert compilation_cache.keep("runs/one", several=False) == place == os.environ[PLACE]
-    assert Path(place).is_dir()
+    folder = compilation_cache.choose("runs/one", several=False)
+    assert str(folder) == os.environ[PLACE] == f"{tmp_path}/caches/phased_ift_jax/compiled/{compilation_cache.host()}"
     assert (os.environ[SIZE], os.environ[LEAST]) == (str(5 * 10**9), "0")
+    assert list(tmp_path.iterdir()) == [], "nothing is written before the run is known to be sound"
+    assert compilation_cache.ready(folder) == str(folder)
+    assert [path.name for path in folder.iterdir()] == [".lockfile"]
 
 
 def test_of_several_processes_it_lies_where_all_see_it(clean: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert compilation_cache.keep(str(tmp_path / "shared/one"), several=True) == f"{tmp_path}/shared/compiled/{compilation_cache.host()}"
+    folder = compilation_cache.choose(str(tmp_path / "shared/one"), several=True)
+    assert compilation_cache.ready(folder) == f"{tmp_path}/shared/compiled/{compilation_cache.host()}"
     assert not (tmp_path / "shared/one").exists()
 
 
 def test_what_the_user_has_set_stays(clean: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    clean.setenv(SIZE, "7")
-    compilation_cache.keep("runs/one", several=False)
-    assert os.environ[SIZE] == "7"
+    clean.setenv(SIZE, "-1")
+    folder = compilation_cache.choose("runs/one", several=False)
+    folder.mkdir(parents=True)
+    (folder / "a-cache").touch()  # JAX writes no times where there are no bounds
+    compilation_cache.ready(folder)
+    assert os.environ[SIZE] == "-1"
+    assert (folder / "a-cache").exists()
     clean.setenv(PLACE, str(tmp_path / "mine"))
     clean.delenv(LEAST)
-    assert compilation_cache.keep("gs://bucket/one", several=True) == str(tmp_path / "mine")
+    assert compilation_cache.choose("gs://bucket/one", several=True) is None
+    assert compilation_cache.ready(None) == str(tmp_path / "mine")
     assert LEAST not in os.environ
     for word in ("false", "0", "Off"):
         clean.setenv(ENABLED, word)
-        assert compilation_cache.keep("runs/one", several=False) == f"none (JAX_ENABLE_COMPILATION_CACHE {word})"
+        assert compilation_cache.choose("runs/one", several=False) is None
+        assert compilation_cache.ready(None) == f"none (JAX_ENABLE_COMPILATION_CACHE {word})"
     assert not (tmp_path / "mine").exists()
+
+
+def test_a_user_without_a_home_keeps_nothing(clean: pytest.MonkeyPatch) -> None:
+    def no_home(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    clean.delenv("XDG_CACHE_HOME")
+    clean.setattr(Path, "expanduser", no_home)
+    assert compilation_cache.ready(compilation_cache.choose("runs/one", several=False)).startswith("none, every start compiles: this user has no home")
+    assert PLACE not in os.environ
 
 
 def test_processors_that_differ_share_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
