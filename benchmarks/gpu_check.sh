@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check this machine's NVIDIA GPU, unattended and in under ten minutes:  benchmarks/gpu_check.sh [--steps N] [--rows N] [--tiny]
+# Check this machine's NVIDIA GPU, unattended; made to take less than ten minutes:  benchmarks/gpu_check.sh [--steps N] [--rows N] [--tiny]
 #
 # Attention kernels against the reference, and 20 steps of Llama-2-7B: see gpu_check.py. Uses $PYTHON where it is set, which no internet
 # is needed for; else an environment with Python 3.12, `.[cuda]` and jax 0.11, which is made in $WORK (default: a folder that is removed).
