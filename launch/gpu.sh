@@ -14,7 +14,7 @@ case $first in
   '' | -h | --help) sed -n '2,5s/^# \{0,1\}//p' "$0" && exit $((${#first} ? 0 : 2)) ;;
   --dry_run | --dry-run) dry_run=yes && shift ;;
 esac
-[ $# -gt 0 ] || refuse "which CONFIG? Such as configs/llama2_7b.yaml"
+[ $# -gt 0 ] || refuse "which CONFIG? Such as configs/llama2_7b.yaml, or llama2_7b_h200.yaml on one H200"
 config=$1
 [[ $config != -* ]] || refuse "'$config' is no CONFIG; flags stand after it"
 [ -f "$config" ] || refuse "CONFIG: no such file '$config'"

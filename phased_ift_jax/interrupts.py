@@ -134,7 +134,7 @@ def listening() -> Iterator[Stop]:
 
     watching = threading.Thread(target=watch, name="stop", daemon=True)
     watching.start()
-    if host := _metadata_host():
+    if host := metadata_host():
         threading.Thread(target=_await_notice, args=(host, stop, ended), name="notices", daemon=True).start()
     try:
         # the handler in C writes to this at once, whatever the main thread is in; the handler in Python, where a library (uvloop) has
@@ -157,8 +157,8 @@ def listening() -> Iterator[Stop]:
         os.close(writing)
 
 
-def _metadata_host() -> str | None:
-    """Where notices of maintenance and preemption come from; None on a machine that is not Google's."""
+def metadata_host() -> str | None:
+    """Who knows about this machine, and has notices of maintenance and preemption; None on one that is not Google's."""
     try:
         on_google = Path("/sys/class/dmi/id/product_name").read_text().startswith("Google")
     except OSError:
@@ -166,20 +166,27 @@ def _metadata_host() -> str | None:
     return os.environ.get("GCE_METADATA_HOST") or ("metadata.google.internal" if on_google else None)
 
 
-def _await_notice(host: str, stop: Stop, ended: threading.Event) -> None:
+def metadata(host: str, key: str) -> str | None:
+    """What the metadata server says of this machine, past any proxy; None where it does not answer."""
     import http.client
     import urllib.request
 
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    request = urllib.request.Request(f"http://{host}/computeMetadata/v1/instance/{key}", headers={"Metadata-Flavor": "Google"})
+    try:
+        with opener.open(request, timeout=5) as answer:
+            return str(answer.read().decode(errors="replace").strip())
+    except (OSError, http.client.HTTPException):
+        return None
+
+
+def _await_notice(host: str, stop: Stop, ended: threading.Event) -> None:
     standing: dict[str, bool] = {}  # a maintenance that is announced already at the first look may be an hour away
     while not (stop or ended.wait(NOTICE_SECONDS)):
         for key, taken_away in NOTICES.items():
-            try:
-                request = urllib.request.Request(f"http://{host}/computeMetadata/v1/instance/{key}", headers={"Metadata-Flavor": "Google"})
-                with opener.open(request, timeout=5) as answer:
-                    noticed = answer.read().decode(errors="replace").strip() == taken_away
-            except (OSError, http.client.HTTPException):  # a look that fails says nothing; the next may not
+            if (told := metadata(host, key)) is None:  # a look that fails says nothing; the next may not
                 continue
+            noticed = told == taken_away
             if noticed and not (key == "maintenance-event" and standing.get(key, True)):
                 stop.ask(f"the machine will be taken away ({key})")
             standing[key] = standing.get(key, True) and noticed

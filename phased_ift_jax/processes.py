@@ -29,6 +29,7 @@ HEARTBEAT_SECONDS = 15  # of silence after which a process counts as gone; JAX's
 START_SECONDS = 300  # for all processes to have been started
 HEARING_SECONDS = 0.3  # between two looks whether another process was asked to stop
 PATIENCE_MS = 24 * 3600 * 1000  # for what one process does while the others wait: the heartbeat tells whether it still lives
+TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
 WHERE = {"coordinator_address": "JAX_COORDINATOR_ADDRESS", "num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
 # from where on JAX speaks of its own end, in several lines of C++
 LAST_WORDS = re.compile(
@@ -56,8 +57,12 @@ _parent = -1  # where a supervised process tells its parent that it has found th
 def several() -> bool:
     """Whether this process was started as one of several, or may have been: by its environment alone, before JAX is there to ask."""
     # on a machine with a TPU JAX asks its metadata for the other hosts
-    tpu = any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0")) and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu")
-    return bool(_said()) or tpu
+    return bool(_said()) or (has_tpu() and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu"))
+
+
+def has_tpu() -> bool:
+    """Whether a TPU, or what may be one, is attached to this machine."""
+    return any(Path(device).exists() for device in TPU_DEVICES)
 
 
 def _said() -> str:

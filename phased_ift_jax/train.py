@@ -5,11 +5,13 @@ The same command again goes on where it stopped. Exit codes: 0 done, 1 a failure
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phased_ift_jax import cli, processes
+from phased_ift_jax import cli, compilation_cache, processes
 from phased_ift_jax.interrupts import STOPPED, Stop, Stopped, listening, unbroken
 from phased_ift_jax.object_store import SCHEME
 from phased_ift_jax.records import UserError
@@ -25,10 +27,11 @@ def main(argv: Sequence[str]) -> int:
     """Parse, prepare, print the plan, train, print what was learnt and forgotten."""
     with listening() as stop, unbroken():  # before anything heavy is imported: a machine may be taken away at once
         run_config, fresh, profile = parse(argv)
-        set_flags(run_config.training.deterministic)
+        flags = set_flags(run_config.training.deterministic)
+        compiled = compilation_cache.choose(run_config.output_dir, processes.several())
         try:
             with processes.joined(stop):
-                _train(run_config, fresh, profile, stop)
+                _train(run_config, fresh, profile, flags, compiled, stop)
         except Stopped:
             print(stop.farewell, flush=True)
             return STOPPED
@@ -38,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
 before = processes.supervise  # in a process of its own
 
 
-def _train(run_config: RunConfig, fresh: bool, profile: tuple[int, int] | None, stop: Stop) -> None:
+def _train(run_config: RunConfig, fresh: bool, profile: tuple[int, int] | None, flags: list[str], compiled: Path | None, stop: Stop) -> None:
     from phased_ift_jax.config import dump
     from phased_ift_jax.evaluation.forgetting import ForgettingMatrix
     from phased_ift_jax.training import loop  # jax and what it brings: not before the command line is known to be sound
@@ -47,6 +50,8 @@ def _train(run_config: RunConfig, fresh: bool, profile: tuple[int, int] | None, 
 
     processes.check_same("the command line", json.dumps([dump(run_config), fresh, profile]))
     run = loop.prepare(run_config, fresh)
+    if run_config.output_dir.startswith(SCHEME):
+        importlib.import_module("phased_ift_jax.training.gs_path")  # where JAX finds its way to what it has compiled
     steps = sum(len(phase.steps) for phase in run.plan.phases)
     if profile and profile[1] > steps:
         raise UserError(f"--profile: the run has {steps} steps, {profile[0]}:{profile[1]} goes beyond them")
@@ -54,7 +59,8 @@ def _train(run_config: RunConfig, fresh: bool, profile: tuple[int, int] | None, 
         if before := processes.agree(lambda: str(begin_afresh(run_config) or "")):
             print(f"the run that was in '{run_config.output_dir}' is now in '{before}'", flush=True)
         stop.farewell = "stopped with everything saved; the same command without --fresh goes on"
-    print(describe(run, run.mesh.devices.flat[0].device_kind), flush=True)
+    told = [describe(run, run.mesh.devices.flat[0].device_kind), *(f"flags   {line}" for line in flags), f"cache   {compilation_cache.ready(compiled)}"]
+    print("\n".join(told), flush=True)
     results = Results(ForgettingMatrix(run.output / "forgetting.json"))
     loop.train(run, results, stop, profile)
     for measure, form in (("loss", ".3f"), ("exact_match", ".1%")):

@@ -1,26 +1,142 @@
-"""What XLA is told before JAX is there to tell it, each with its reason (floor 0)."""
+"""What XLA is told before JAX is there to tell it, each with its reason (floor 0).
+
+`train` finds out the chip and sets the flags of `FLAGS` itself, so that it does not matter what started it. They are those of public
+recipes for dense models under FSDP: MaxText and AXLearn for TPUs, JAX-Toolbox and MaxText for GPUs.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import mmap
 import os
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
 
+from phased_ift_jax import interrupts, processes
 from phased_ift_jax.records import UserError
 
 # on GPUs: no kernel whose additions come in another order each time, and none chosen by a timing that may turn out otherwise next time
-DETERMINISTIC = {"--xla_gpu_deterministic_ops": "true"}
+DETERMINISTIC = {"xla_gpu_deterministic_ops": "true"}
+
+TPU = {
+    # a collective is begun before its data is needed, and the work that does not need it goes between
+    "xla_tpu_enable_latency_hiding_scheduler": "true",
+    "xla_enable_async_all_gather": "true",
+    # the all-gather of the weights that come next moves along inside the matmuls before it, over several of them, on the same core
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+    # gradients of a layer are added up over mesh.data, between slices the slow network, while those of the next are computed
+    "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
+    "xla_tpu_data_parallel_opt_different_sized_ops": "true",
+}
+# off by default on v4; v5p's recipe says it all the same
+PERMUTE = {"xla_enable_async_collective_permute": "true"}
+GPU = {
+    "xla_gpu_enable_latency_hiding_scheduler": "true",  # off by default on GPUs: without it collectives stand in the way of the matmuls
+    # a layer's weights (0.4 GB of Llama-2-7B in bfloat16, 0.6 GB of 13B) in one collective; smaller ones have less of the bandwidth
+    "xla_gpu_all_gather_combine_threshold_bytes": str(2**30),
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": str(2**30),
+    "xla_gpu_all_reduce_combine_threshold_bytes": str(2**30),
+    "xla_gpu_enable_triton_gemm": "false",  # cuBLAS is as fast on large bfloat16 matmuls, and needs no minutes of tuning
+}
+FLAGS: dict[str, dict[str, str]] = {
+    "v4": TPU | PERMUTE,
+    "v5e": TPU,
+    # two cores share a chip's work there: a fusion of theirs would take the all-gathers away from the asynchronous one
+    "v5p": TPU | PERMUTE | {"xla_tpu_megacore_fusion_allow_ags": "false"},
+    # of its fast memory 96 MiB for the operation at work, and the rest for fetching ahead: large tiles pay where matmuls are what takes the time
+    "v6e": TPU | {"xla_tpu_scoped_vmem_limit_kib": "98304"},
+    "h100": GPU,
+    "h200": GPU,
+}
+TPUS = {"v4": "v4", "v5litepod": "v5e", "v5p": "v5p", "v6e": "v6e"}  # by the accelerator type before its dash
+GPUS = {"H100": "h100", "H200": "h200"}  # by a word of nvidia-smi's name; a GH200 is another machine
+# JAX takes 75 % of a GPU's memory by default; what CUDA's libraries have outside of it fits into the tenth that remains
+MEMORY = ("XLA_CLIENT_MEM_FRACTION", "0.9")
+LIBRARIES = {"LIBTPU_INIT_ARGS": ("libtpu", "libtpu.so"), "XLA_FLAGS": ("jaxlib", "libjax_common.so")}
 
 
-def set_flags(deterministic: bool) -> None:
-    """Add to XLA_FLAGS what the run asks for; must come before JAX makes its first array. What the user has set there stays.
+def flags_for(chip: str) -> dict[str, str]:
+    """XLA's flags for a chip (v4, v5e, v5p, v6e, h100, h200), none for another; in the form that `compile(compiler_options=...)` takes."""
+    return dict(FLAGS.get(chip, {}))
+
+
+def chip() -> str | None:
+    """Which chip of the table JAX will find here; asks nobody about platforms that JAX_PLATFORMS leaves out."""
+    platforms = os.environ.get("JAX_PLATFORMS") or "tpu,cuda"
+    found = TPUS.get(_tpu_type().partition("-")[0]) if "tpu" in platforms else None
+    if found is None and ("cuda" in platforms or "gpu" in platforms):
+        found = next((chip for word, chip in GPUS.items() if re.search(rf"\b{word}\b", _gpu_name())), None)
+    return found
+
+
+def set_flags(deterministic: bool) -> list[str]:
+    """Set the chip's flags and what the run asks for; must come before JAX makes its first array. What the user has set stays.
+
+    Returns a line for each variable, as it is now, and one of flags that the installed library does not know.
 
     Raises:
-        UserError: the user has set the opposite.
+        UserError: the user has set the opposite of what the run asks for.
     """
-    given = dict(flag.partition("=")[::2] for flag in os.environ.get("XLA_FLAGS", "").split())
+    given = {name: value for variable in LIBRARIES for name, value in _given(variable).items()}
     wanted = DETERMINISTIC if deterministic else {}
     for name, value in wanted.items():
         if given.get(name, value).lower() not in (value, ""):
-            raise UserError(f"training.deterministic: XLA_FLAGS has {name}={given[name]}; take it out of there, or set training.deterministic false")
-    added = [f"{name}={value}" for name, value in wanted.items() if name not in given]
-    if added:
-        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *added]).strip()
+            raise UserError(f"training.deterministic: XLA_FLAGS has --{name}={given[name]}; take it out of there, or set training.deterministic false")
+    here = chip()
+    variable = "XLA_FLAGS" if here in GPUS.values() else "LIBTPU_INIT_ARGS"
+    flags = flags_for(here) if here else {}
+    unknown = _unknown(variable, flags)
+    _add(variable, {name: value for name, value in flags.items() if name not in given and name not in unknown})
+    _add("XLA_FLAGS", {name: value for name, value in wanted.items() if name not in given})
+    concerned = [variable] * bool(flags) + ["XLA_FLAGS"] * bool(wanted)
+    lines = [f"{name}={os.environ[name]}" for name in dict.fromkeys(concerned) if name in os.environ]
+    if unknown and len(unknown) < len(flags):
+        lines.append(f"not known to this {LIBRARIES[variable][0]}, and left out: {', '.join(unknown)}")
+    if here in GPUS.values():
+        name, value = MEMORY
+        older = name.replace("XLA_", "XLA_PYTHON_")  # JAX refuses both
+        name = older if older in os.environ else name
+        lines.append(f"{name}={os.environ.setdefault(name, value)}")
+    return lines
+
+
+def _given(variable: str) -> dict[str, str]:
+    return {name.lstrip("-"): value for name, _, value in (flag.partition("=") for flag in os.environ.get(variable, "").split())}
+
+
+def _add(variable: str, flags: Mapping[str, str]) -> None:
+    if flags:
+        os.environ[variable] = " ".join([os.environ.get(variable, ""), *(f"--{name}={value}" for name, value in flags.items())]).strip()
+
+
+def _unknown(variable: str, flags: Mapping[str, str]) -> list[str]:
+    """Those of the flags whose names the library that reads the variable does not contain: told of one, it would end the process."""
+    package, file = LIBRARIES[variable]
+    found = importlib.util.find_spec(package) if flags else None
+    library = Path((found.submodule_search_locations or [""])[0], file) if found else None
+    if library is None or not library.is_file():
+        return list(flags)
+    with open(library, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return [name for name in flags if content.find(b"\0" + name.encode() + b"\0") < 0]
+
+
+def _tpu_type() -> str:
+    """Such as v5litepod-16: from the environment, or on a TPU VM from its metadata; empty where there is none."""
+    if "TPU_ACCELERATOR_TYPE" in os.environ:
+        return os.environ["TPU_ACCELERATOR_TYPE"]
+    host = interrupts.metadata_host() if processes.has_tpu() else None
+    return (interrupts.metadata(host, "attributes/accelerator-type") if host else None) or ""
+
+
+def _gpu_name() -> str:
+    """Of the first GPU; empty where there is none."""
+    try:
+        told = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return told.stdout.partition("\n")[0]
