@@ -54,7 +54,7 @@ def _train(run_config: RunConfig, fresh: bool, profile: tuple[int, int] | None, 
         if before := processes.agree(lambda: str(begin_afresh(run_config) or "")):
             print(f"the run that was in '{run_config.output_dir}' is now in '{before}'", flush=True)
         stop.farewell = "stopped with everything saved; the same command without --fresh goes on"
-    print(describe(run, run.mesh.devices.flat[0].device_kind), flush=True)
+    print(describe(run, run.mesh.devices.flat[0].device_kind, run.mesh.devices.flat[0].platform), flush=True)
     results = Results(ForgettingMatrix(run.output / "forgetting.json"))
     loop.train(run, results, stop, profile)
     for measure, form in (("loss", ".3f"), ("exact_match", ".1%")):

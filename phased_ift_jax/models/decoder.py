@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
-from phased_ift_jax.models.attention import IMPLEMENTATIONS, Rope, attend, cache_mask, implementation, rotate, rotations
+from phased_ift_jax.models.attention import Rope, attend, cache_mask, kernel, rotate, rotations
 
 Params = dict[str, Any]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # queries, keys, values; what is masked, it knows
@@ -116,7 +115,7 @@ class Attention(nnx.Module):
             k_BSKH = cache[0].at[rows, context.positions_BT].set(k_BSKH)
             v_BSKH = cache[1].at[rows, context.positions_BT].set(v_BSKH)
             cache = (k_BSKH, v_BSKH)
-        y_BTNH = checkpoint_name(context.attend(q_BTNH, k_BSKH, v_BSKH), "attention")
+        y_BTNH = context.attend(q_BTNH, k_BSKH, v_BSKH)
         return jnp.einsum("BTNH,NHD->BTD", y_BTNH, self.o[...]), cache
 
 
@@ -193,10 +192,14 @@ def hidden_states(
     positions_BT: jax.Array,
     gradient_checkpointing: str = "none",
     attn_implementation: str = "auto",
+    platform: str = "cpu",
 ) -> jax.Array:
-    """The final normed states (B, T, D) of packed rows; examples (equal segment numbers) attend as if each were alone."""
-    kernel = IMPLEMENTATIONS[implementation(attn_implementation)]
-    inside = functools.partial(kernel, segments_BT=segments_BT, window=config.sliding_window)
+    """The final normed states (B, T, D) of packed rows; examples (equal segment numbers) attend as if each were alone.
+
+    `platform` is that of the devices that will compute: it decides on the kernel.
+    """
+    attention = kernel(attn_implementation, platform, config.head_dim, params["embed"].dtype)
+    inside = functools.partial(attention, segments_BT=segments_BT, window=config.sliding_window)
     return Decoder(config, params)(tokens_BT, positions_BT, inside, None, gradient_checkpointing)[0]
 
 

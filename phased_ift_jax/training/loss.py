@@ -29,8 +29,10 @@ def token_losses(config: DecoderConfig, params: Params, hidden_BTD: jax.Array, t
     return losses_CBT.swapaxes(0, 1).reshape(B, padded)[:, :T]
 
 
-def summed_loss(config: DecoderConfig, params: Params, batch: PackedBatch, gradient_checkpointing: str = "none", attn_implementation: str = "auto") -> jax.Array:
+def summed_loss(
+    config: DecoderConfig, params: Params, batch: PackedBatch, gradient_checkpointing: str = "none", attn_implementation: str = "auto", platform: str = "cpu"
+) -> jax.Array:
     """The sum of the trained tokens' losses of packed rows (B, T); divide by the sum of the weights for the mean."""
-    hidden_BTD = decoder.hidden_states(config, params, batch.tokens_BT, batch.segments_BT, batch.positions_BT, gradient_checkpointing, attn_implementation)
+    hidden_BTD = decoder.hidden_states(config, params, batch.tokens_BT, batch.segments_BT, batch.positions_BT, gradient_checkpointing, attn_implementation, platform)
     losses_BT = token_losses(config, params, hidden_BTD, batch.targets_BT)
     return jnp.sum(losses_BT * batch.weights_BT.astype(losses_BT.dtype))

@@ -51,6 +51,10 @@ class Trainer:
     gradient_checkpointing: str = "none"
     attn_implementation: str = "auto"
 
+    @property
+    def platform(self) -> str:
+        return self.mesh.devices.flat[0].platform
+
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
         return make_optimizer(self.training, parameter_dims(self.model))
@@ -112,7 +116,7 @@ class Trainer:
 
         def evaluate(params: Params, batch: PackedBatch) -> tuple[jax.Array, jax.Array]:
             params = self._computing(params)
-            sums = jax.lax.map(lambda part: summed_loss(self.model, params, part, "none", self.attn_implementation), batch)
+            sums = jax.lax.map(lambda part: summed_loss(self.model, params, part, "none", self.attn_implementation, self.platform), batch)
             return jnp.sum(sums), jnp.sum(batch.weights_BT)
 
         return jax.jit(evaluate, out_shardings=replicated(self.mesh))
@@ -124,7 +128,7 @@ class Trainer:
         trained = jnp.maximum(jnp.sum(batch.weights_BT), 1.0)
 
         def part_loss(params: Params, part: PackedBatch) -> jax.Array:
-            total = summed_loss(self.model, self._computing(params), part, self.gradient_checkpointing, self.attn_implementation)
+            total = summed_loss(self.model, self._computing(params), part, self.gradient_checkpointing, self.attn_implementation, self.platform)
             return total / trained.astype(total.dtype)
 
         def add(carry: tuple[jax.Array, Params], part: PackedBatch) -> tuple[tuple[jax.Array, Params], None]:
