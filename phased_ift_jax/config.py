@@ -44,8 +44,10 @@ class ModelConfig(Section):
     init: Literal["pretrained", "random"] = Field("pretrained", description="weights of the checkpoint, or random ones of config.json's sizes drawn from the seed")
     param_dtype: FloatType = Field("float32", description="dtype of the master weights and of the optimizer's moments")
     dtype: FloatType = Field("bfloat16", description="dtype of the computation")
-    attn_implementation: Literal["auto", "xla", "reference"] = Field(
-        "auto", description="attention kernel: xla goes in blocks, reference is the plain full square, auto picks for the backend (today: xla)"
+    attn_implementation: Literal["auto", "xla", "splash", "cudnn", "reference"] = Field(
+        "auto",
+        description="attention kernel: xla goes in blocks everywhere, splash is for TPUs (elsewhere interpreted, slowly), cudnn for NVIDIA GPUs, reference is the "
+        "plain full square; auto is splash on a TPU, cudnn on a GPU, else xla, and xla stands in, with a word, for what a kernel cannot compute",
     )
     gradient_checkpointing: Literal["none", "save_attention", "save_dots", "full"] = Field(
         "none", description="what the backward pass recomputes: nothing, all but attention outputs, all but matmul outputs, everything"

@@ -61,7 +61,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     sizes = mesh_sizes(config, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if sizes["data"] % slices:
-        raise UserError(f"mesh.data: {sizes['data']} copies of the model do not go over {slices} slices, between which the network is slow; set mesh.data to {slices}, or -1 and the others to fit")
+        raise UserError(f"mesh.data: {sizes['data']} copies of the model do not go over {slices} slices, between which the network is slow; set mesh.data {slices}")
     types = (AxisType.Auto,) * 3
     if slices == 1:
         return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
@@ -117,6 +117,18 @@ def gather(stored: jax.Array, dims: str, dtype: jnp.dtype, mesh: Mesh | None) ->
 
     together.defvjp(lambda stored: (together(stored), None), lambda _, gradient: (constrain(gradient, dims, mesh).astype(stored.dtype),))
     return checkpoint_name(together(stored), "gathered")
+
+
+def per_device(function: Callable[..., jax.Array], arrays: Sequence[jax.Array], dims: Sequence[str], mesh: Mesh | None) -> jax.Array:
+    """A function of arrays, each device's part of it computed there alone: for kernels that the compiler cannot divide. The result is laid
+    out as the first array. Heads are divided only where the key/value heads can be, too.
+    """
+    if mesh is None:
+        return function(*arrays)
+    sizes = {letter: size for letters, array in zip(dims, arrays, strict=True) for letter, size in zip(letters, array.shape, strict=True)}
+    whole = frozenset({"tensor"} if sizes.get("K", 0) % mesh.shape["tensor"] else ())
+    specs = tuple(spec(letters, array.shape, mesh, whole) for letters, array in zip(dims, arrays, strict=True))
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)  # pallas cannot say what varies
 
 
 def tree_shardings(dims: Tree, shapes: Any, mesh: Mesh) -> Tree:

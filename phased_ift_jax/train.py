@@ -59,7 +59,8 @@ def _train(run_config: RunConfig, fresh: bool, profile: tuple[int, int] | None, 
         if before := processes.agree(lambda: str(begin_afresh(run_config) or "")):
             print(f"the run that was in '{run_config.output_dir}' is now in '{before}'", flush=True)
         stop.farewell = "stopped with everything saved; the same command without --fresh goes on"
-    told = [describe(run, run.mesh.devices.flat[0].device_kind), *(f"flags   {line}" for line in flags), f"cache   {compilation_cache.ready(compiled)}"]
+    device = run.mesh.devices.flat[0]
+    told = [describe(run, device.device_kind, device.platform), *(f"flags   {line}" for line in flags), f"cache   {compilation_cache.ready(compiled)}"]
     print("\n".join(told), flush=True)
     results = Results(ForgettingMatrix(run.output / "forgetting.json"))
     loop.train(run, results, stop, profile)

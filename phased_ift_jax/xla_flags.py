@@ -32,6 +32,8 @@ TPU = {
     # gradients of a layer are added up over mesh.data, between slices the slow network, while those of the next are computed
     "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
     "xla_tpu_data_parallel_opt_different_sized_ops": "true",
+    # else it rounds the weights of all layers at once, before the loop over them: a bfloat16 copy of the model that stays
+    "xla_jf_bf16_propagation": "false",
 }
 # off by default on v4; v5p's recipe says it all the same
 PERMUTE = {"xla_enable_async_collective_permute": "true"}

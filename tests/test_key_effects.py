@@ -319,6 +319,21 @@ def test_max_quarantined(base):
     loop.prepare(changed(base, limits | {"data.max_quarantined": 1.0}))
 
 
+@pytest.mark.parametrize(
+    ("asked", "platform", "printed"),
+    [
+        ("auto", None, "attention auto"),
+        ("auto", "tpu", "attention splash"),
+        ("auto", "gpu", "attention xla (cudnn computes in bfloat16 or float16, not in float32)"),
+        ("cudnn", "cpu", "attention xla (cudnn is for NVIDIA GPUs, and this is cpu)"),
+        ("splash", "cpu", "attention splash"),
+    ],
+)
+def test_the_attention_kernel_is_printed_and_why_it_is_another_than_asked_for(base, asked, platform, printed):
+    run = loop.prepare(changed(base, {"model.attn_implementation": asked}))
+    assert describe(run, "cpu", platform).splitlines()[0].endswith(printed)
+
+
 def test_split_and_append_period_reach_the_reader(base, monkeypatch):
     seen = []
     real = readers.read

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from phased_ift_jax.models.kernels import attend_cudnn, attend_splash, refusal, visible
+
+Kernel = Callable[..., jax.Array]  # called as `attend_packed` is
 
 
 @dataclass(frozen=True)
@@ -99,23 +107,33 @@ def attend_packed(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segme
             return attend(q, k, v, seen_TS & (query_segments[:, :, None] == key_segments[:, None, :]))
 
         outputs.append(jax.checkpoint(block)(q_BTNH[:, queries], k_BTKH[:, keys], v_BTKH[:, keys], segments_BT[:, queries], segments_BT[:, keys]))
-    return jnp.concatenate(outputs, axis=1)
+    return checkpoint_name(jnp.concatenate(outputs, axis=1), "attention")
 
 
 def attend_reference(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, window: int | None) -> jax.Array:
     """What `attend_packed` computes, in the plainest way: one mask over the full square. Other kernels are compared with this one."""
-    T = q_BTNH.shape[1]
-    distance_TS = jnp.arange(T)[:, None] - jnp.arange(T)
-    seen_TS = (distance_TS >= 0) & (distance_TS < (window or T))
-    return attend(q_BTNH, k_BTKH, v_BTKH, seen_TS & (segments_BT[:, :, None] == segments_BT[:, None, :]))
+    return checkpoint_name(attend(q_BTNH, k_BTKH, v_BTKH, visible(segments_BT, window)), "attention")
 
 
-IMPLEMENTATIONS = {"xla": attend_packed, "reference": attend_reference}
+IMPLEMENTATIONS: dict[str, Kernel] = {"xla": attend_packed, "reference": attend_reference, "splash": attend_splash, "cudnn": attend_cudnn}
+FASTEST = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}  # elsewhere: xla
 
 
-def implementation(name: str) -> str:
-    """The kernel that a configured name stands for; `auto` is the fastest one here that honours segments and window."""
-    return "xla" if name == "auto" else name
+def implementation(name: str, platform: str, head_dim: int, dtype: Any) -> tuple[str, str]:
+    """The kernel that a configured name stands for on a platform, and, where that is not the one meant, in one line why (else empty).
+
+    `platform` is that of the devices that will compute, whatever devices this process has. `auto` is the platform's fastest kernel; each
+    honours segments and window. Where a kernel cannot compute these heads in this dtype, it is `xla`.
+    """
+    meant = FASTEST.get(platform, "xla") if name == "auto" else name
+    why = refusal(meant, platform, head_dim, dtype)
+    return ("xla", why) if why else (meant, "")
+
+
+def kernel(name: str, platform: str, head_dim: int, dtype: Any) -> Kernel:
+    """The function that `implementation` names; splash attention is interpreted where there is no TPU."""
+    used, _ = implementation(name, platform, head_dim, dtype)
+    return functools.partial(attend_splash, interpret=platform != "tpu") if used == "splash" else IMPLEMENTATIONS[used]
 
 
 def cache_mask(positions_BT: jax.Array, slots: int, window: int | None) -> jax.Array:

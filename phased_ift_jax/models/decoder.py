@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from phased_ift_jax.models.attention import IMPLEMENTATIONS, Rope, attend, cache_mask, implementation, rotate, rotations
-from phased_ift_jax.sharding import constrain, gather
+from phased_ift_jax.models.attention import Rope, attend, cache_mask, kernel, rotate, rotations
+from phased_ift_jax.sharding import constrain, gather, per_device
 
 Params = dict[str, Any]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # queries, keys, values; what is masked, it knows
@@ -59,7 +58,12 @@ class Compute:
     dtype: str | None = None  # of weights and activations; None: as the parameters are
     gradient_checkpointing: str = "none"
     attn_implementation: str = "auto"
-    mesh: Mesh | None = None  # None: one device
+    mesh: Mesh | None = None  # None: one device, a CPU's
+
+    @property
+    def platform(self) -> str:
+        """That of the devices that will compute, whatever this process has."""
+        return "cpu" if self.mesh is None else str(self.mesh.devices.flat[0].platform)
 
 
 class Cache(NamedTuple):
@@ -128,7 +132,7 @@ class Attention(nnx.Module):
             k_BSKH = cache[0].at[rows, context.positions_BT].set(k_BSKH)
             v_BSKH = cache[1].at[rows, context.positions_BT].set(v_BSKH)
             cache = (k_BSKH, v_BSKH)
-        y_BTNH = checkpoint_name(context.attend(q_BTNH, k_BSKH, v_BSKH), "attention")
+        y_BTNH = context.attend(q_BTNH, k_BSKH, v_BSKH)
         return jnp.einsum("BTNH,NHD->BTD", y_BTNH, self.o[...]), cache
 
 
@@ -206,11 +210,14 @@ class Decoder(nnx.Module):
 
 
 def hidden_states(
-    config: DecoderConfig, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array, compute: Compute = Compute()  # noqa: B008 - frozen
+    config: DecoderConfig, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array, compute: Compute = Compute()
 ) -> jax.Array:
     """The final normed states (B, T, D) of packed rows; examples (equal segment numbers) attend as if each were alone."""
-    kernel = IMPLEMENTATIONS[implementation(compute.attn_implementation)]
-    inside = functools.partial(kernel, segments_BT=segments_BT, window=config.sliding_window)
+    attention = functools.partial(kernel(compute.attn_implementation, compute.platform, config.head_dim, compute.dtype or params["embed"].dtype), window=config.sliding_window)
+
+    def inside(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+        return per_device(attention, (q_BTNH, k_BTKH, v_BTKH, segments_BT), ("BTNH", "BTKH", "BTKH", "BT"), compute.mesh)
+
     return Decoder(config, params, compute)(tokens_BT, positions_BT, inside, None)[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +28,12 @@ def cross_entropy(hidden_BTD: jax.Array, head: jax.Array, targets_BT: jax.Array,
     return _scan(hidden_BTD, head, targets_BT, weights_BT, dims, mesh, gradients=False)[0]
 
 
-def _forward(hidden_BTD: jax.Array, head: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, dims: str, mesh: Mesh | None) -> tuple[jax.Array, Sums]:
+def _forward(hidden_BTD: jax.Array, head: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, dims: str, mesh: Mesh | None) -> tuple[jax.Array, Any]:
     loss, *gradients = _scan(hidden_BTD, head, targets_BT, weights_BT, dims, mesh, gradients=True)
     return loss, tuple(gradients)
 
 
-def _backward(dims: str, mesh: Mesh | None, gradients: Sums, scale: jax.Array) -> tuple[jax.Array, jax.Array, None, None]:
+def _backward(dims: str, mesh: Mesh | None, gradients: tuple[jax.Array, jax.Array], scale: jax.Array) -> tuple[jax.Array, jax.Array, None, None]:
     hidden_gradient, head_gradient = (gradient * scale.astype(gradient.dtype) for gradient in gradients)
     return hidden_gradient, head_gradient, None, None
 
@@ -48,7 +49,7 @@ def _scan(
     wide = jnp.promote_types(hidden_BTD.dtype, jnp.float32)
     whole_head = gathered(head, dims, hidden_BTD.dtype, mesh)
 
-    def add(sums: Sums, chunk: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Sums, jax.Array | None]:
+    def add(sums: Sums, chunk: tuple[jax.Array, ...]) -> tuple[Sums, jax.Array | None]:
         hidden_BTD, targets_BT, weights_BT = chunk
         weights_BT = weights_BT.astype(wide)
         scores_BTV = jnp.einsum(f"BTD,{dims}->BTV", hidden_BTD, whole_head, preferred_element_type=wide)

@@ -16,7 +16,8 @@ from phased_ift_jax.sharding import replicated
 def make_optimizer(training: TrainingConfig, parameter_dims: Any) -> optax.GradientTransformation:
     """A transformation whose updates are to be scaled by minus the learning rate (the train step does, see `apply`)."""
     decayed = jax.tree.map(lambda dims: not dims.endswith("E"), parameter_dims)
-    moments = optax.scale_by_adam(training.adam_beta1, training.adam_beta2, training.adam_epsilon, mu_dtype=training.adam_mu_dtype) if training.optim == "adamw" else optax.identity()
+    adam = optax.scale_by_adam(training.adam_beta1, training.adam_beta2, training.adam_epsilon, mu_dtype=training.adam_mu_dtype)
+    moments = adam if training.optim == "adamw" else optax.identity()
     return optax.chain(optax.clip_by_global_norm(training.max_grad_norm), moments, optax.add_decayed_weights(training.weight_decay, mask=decayed))
 
 

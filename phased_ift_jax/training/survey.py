@@ -33,10 +33,13 @@ class Survey:
     plan: Plan
     mesh_sizes: Mapping[str, int]  # of the axes data, fsdp, tensor
 
-    @property
-    def attention(self) -> str:
-        """The attention kernel that is used: what `auto` stands for on this backend."""
-        return implementation(self.config.model.attn_implementation)
+    def attention(self, platform: str | None) -> str:
+        """The attention kernel that is used on a platform, and why where it is not the one meant; as configured where the platform is not known."""
+        model = self.config.model
+        if platform is None:
+            return model.attn_implementation
+        name, why = implementation(model.attn_implementation, platform, self.folder.config.head_dim, model.dtype)
+        return f"{name} ({why})" if why else name
 
 
 def survey(config: RunConfig, mesh_sizes: Mapping[str, int]) -> Survey:
@@ -51,8 +54,8 @@ def survey(config: RunConfig, mesh_sizes: Mapping[str, int]) -> Survey:
     return Survey(config, folder, tokenizer, dataset, make_plan(config, dataset, folder.config, batch_rows(mesh_sizes)), mesh_sizes)
 
 
-def describe(run: Survey, device: str) -> str:
-    """What will be trained, in tables: rows by bin, phases, row shapes, budget, and the policy between phases."""
+def describe(run: Survey, device: str, platform: str | None = None) -> str:
+    """What will be trained, in tables: rows by bin, phases, row shapes, budget, and the policy between phases. `platform`: "tpu", "gpu" or "cpu"."""
     data, plan, curriculum = run.dataset, run.plan, run.config.curriculum
     binless = data.rows_read - sum(count.read for count in data.counts)
     truncated = sum(count.truncated for count in data.counts)
@@ -65,7 +68,7 @@ def describe(run: Survey, device: str) -> str:
     ledger = plan.ledger()
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh_sizes.items())
     lines = [
-        f"model   {run.folder.path} ({run.config.model.init}), {run.config.model.dtype} over {run.config.model.param_dtype}, attention {run.attention}"
+        f"model   {run.folder.path} ({run.config.model.init}), {run.config.model.dtype} over {run.config.model.param_dtype}, attention {run.attention(platform)}"
         + (", deterministic" if run.config.training.deterministic else ""),
         f"mesh    {mesh} on {device}",
         f"data    {data.rows_read} rows read = {data.rows_read - len(data.quarantined) - truncated} used whole + {truncated} truncated + {len(data.quarantined)} quarantined"
