@@ -76,7 +76,7 @@ class Cache(NamedTuple):
 def parameter_dims(config: DecoderConfig) -> dict[str, Any]:
     """The dims of every parameter, in the legend's letters, as the tree that `init_params` makes."""
     layers = {
-        "attention": {"q": "LDNH", "k": "LDKH", "v": "LDKH", "o": "LNHD"},
+        "attention": {"q": "LNHD", "k": "LKHD", "v": "LKHD", "o": "LNHD"},
         "mlp": {"gate": "LDF", "up": "LDF", "down": "LFD"},
         "attention_norm": "LE",
         "mlp_norm": "LE",
@@ -124,9 +124,9 @@ class Attention(nnx.Module):
         self.q, self.k, self.v, self.o = (nnx.Param(params[name]) for name in "qkvo")
 
     def __call__(self, x_BTD: jax.Array, context: Context, cache: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        q_BTNH = rotate(jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q[...]), context.rotation)
-        k_BSKH = rotate(jnp.einsum("BTD,DKH->BTKH", x_BTD, self.k[...]), context.rotation)
-        v_BSKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.v[...])
+        q_BTNH = rotate(jnp.einsum("BTD,NHD->BTNH", x_BTD, self.q[...]), context.rotation)
+        k_BSKH = rotate(jnp.einsum("BTD,KHD->BTKH", x_BTD, self.k[...]), context.rotation)
+        v_BSKH = jnp.einsum("BTD,KHD->BTKH", x_BTD, self.v[...])
         if cache is not None:
             rows = jnp.arange(x_BTD.shape[0])[:, None]
             k_BSKH = cache[0].at[rows, context.positions_BT].set(k_BSKH)

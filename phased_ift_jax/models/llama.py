@@ -19,9 +19,9 @@ from phased_ift_jax.records import UserError
 # ours, theirs, and how a dim of one becomes dims of the other; read left to right on import, right to left on export
 WEIGHTS = (
     ("embed", "model.embed_tokens.weight", "VD->VD"),
-    ("layers/attention/q", "model.layers.{}.self_attn.q_proj.weight", "(NH)D->DNH"),
-    ("layers/attention/k", "model.layers.{}.self_attn.k_proj.weight", "(KH)D->DKH"),
-    ("layers/attention/v", "model.layers.{}.self_attn.v_proj.weight", "(KH)D->DKH"),
+    ("layers/attention/q", "model.layers.{}.self_attn.q_proj.weight", "(NH)D->NHD"),
+    ("layers/attention/k", "model.layers.{}.self_attn.k_proj.weight", "(KH)D->KHD"),
+    ("layers/attention/v", "model.layers.{}.self_attn.v_proj.weight", "(KH)D->KHD"),
     ("layers/attention/o", "model.layers.{}.self_attn.o_proj.weight", "D(NH)->NHD"),
     ("layers/mlp/gate", "model.layers.{}.mlp.gate_proj.weight", "FD->DF"),
     ("layers/mlp/up", "model.layers.{}.mlp.up_proj.weight", "FD->DF"),
