@@ -105,6 +105,26 @@ def test_a_machine_that_is_gone_is_no_loss(gcs, stopped, rows, undisturbed, monk
     assert len([name for name in lease.list() if name.endswith("manifest.json")]) == 3
 
 
+def test_the_time_of_a_run_is_kept_in_the_bucket(gcs, rows, monkeypatch, tmp_path):  # noqa: F811
+    """A start that was killed before anything was saved, one that was killed on another machine, and one that ended: each is noted, and their time."""
+    for machine, step in (("first", 1), ("second", 6)):
+        move(monkeypatch, tmp_path, machine)
+        with monkeypatch.context() as patch:
+            patch.setattr(mirror.Mirror, "close", lambda self: self.lease._ended.set())  # a kill gives nothing back
+            crash_in_step(patch, step)
+            with pytest.raises(Crash):
+                train(make_config(rows, ADDRESS))
+    killed = status_of_address(ADDRESS)["goodput"]
+    assert (killed["starts"], killed["ended"]) == (2, False)
+    move(monkeypatch, tmp_path, "third")
+    run = train(make_config(rows, ADDRESS))
+    facts = status_of_address(ADDRESS)["goodput"]
+    assert (facts["starts"], facts["ended"]) == (3, True)
+    assert facts["trained_seconds"] == pytest.approx(sum(json.loads(line)["seconds"] for line in (run.output / "metrics.jsonl").read_text().splitlines()), rel=1e-12)
+    times = [json.loads(line) for line in gcs.objects()["runs/run/starts.jsonl"].splitlines()]
+    assert facts["wall_seconds"] == times[-1]["done"] - times[0]["start"]
+
+
 def test_a_start_that_cannot_read_leaves_the_bucket_as_it_was(gcs, stopped, rows, undisturbed, monkeypatch, tmp_path):  # noqa: F811
     """What a failed download leaves on this machine is not the run, and is not put in its place."""
     gcs.buckets["bucket"].update(stopped)
