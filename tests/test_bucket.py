@@ -18,11 +18,12 @@ import fake_gcs
 import pytest
 from test_run import ROOT, Crash, assert_same_result, crash_in_step, final_weights, make_config, metrics, rows, train, undisturbed  # noqa: F401
 
-from phased_ift_jax import cli, object_store
+from phased_ift_jax import cli, lease, object_store
 from phased_ift_jax import status as status_verb
 from phased_ift_jax import train as train_verb
 from phased_ift_jax.config import dump
-from phased_ift_jax.object_store import LEASE, Lease, LeaseLost, Objects
+from phased_ift_jax.lease import LEASE, Lease, LeaseLost
+from phased_ift_jax.object_store import Objects
 from phased_ift_jax.records import UserError
 from phased_ift_jax.training import loop, mirror
 from phased_ift_jax.training.checkpoint import SaveFailed
@@ -326,7 +327,7 @@ def test_a_run_that_was_taken_over_stops_and_commits_nothing(gcs, rows, undistur
 
 
 def test_a_renewal_that_finds_another_stops_the_run_at_the_next_step(gcs, rows, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(object_store, "LEASE_SECONDS", 0.4)
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.4)
     steps, real = [], loop.put
 
     def put(tree, dims, mesh):

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from phased_ift_jax import pictures
 from phased_ift_jax.data.tokenizer_json import added_files
 from phased_ift_jax.files import building, clear, part_of, write_whole
 from phased_ift_jax.models import hf_weights
@@ -58,7 +59,7 @@ def from_hf(folder: Folder, destination: Path, progress: Progress = silent) -> b
         UserError: weights that are not what config.json says, a destination that holds something else, a full disk.
     """
     if folder.converted:
-        raise UserError(f"'{folder.path}' was made by from-hf already")
+        raise UserError(f"'{folder.name}' was made by from-hf already")
     tensors = hf_weights.check(folder)
     weights = hf_weights.weights(folder)
     source = fingerprint([*tensors.files, *_texts(folder)])
@@ -119,7 +120,7 @@ def find(source: str, base: str | None = None) -> Source:
     in_run = (run / "config.yaml").exists()
     if in_run and base is None:
         base = metadata_of(checkpoint).get("base")
-        if base is None or not Path(base).is_dir():
+        if base is None or not (pictures.is_ours(base) or Path(base).is_dir()):
             raise UserError(f"'{source}' was trained from '{base}', which is not there any more; say with --base where that model is")
     if base is None:
         within = next((folder for folder in path.absolute().parents if (folder / "config.yaml").exists() and (folder / "checkpoints").is_dir()), None)
@@ -138,11 +139,12 @@ def check(source: Source) -> Stored:
     expected = {weight.path for weight in weights}
     for fault, paths in (("lacks", expected - stored.paths), ("holds an unknown array", stored.paths - expected)):
         if paths:
-            raise UserError(f"'{source.checkpoint}' {fault} {min(paths)}, by the config.json of '{source.base.path}'; name its own base with --base")
+            raise UserError(f"'{mirror.shown(source.checkpoint)}' {fault} {min(paths)}, by the config.json of '{source.base.name}'; name its own base with --base")
     for weight in weights:
         shape = stored.shape(weight.path)
         if shape != weight.shape:
-            raise UserError(f"'{source.checkpoint}': {weight.path} has shape {shape}, the config.json of '{source.base.path}' says {weight.shape}; name its own base with --base")
+            said = f"the config.json of '{source.base.name}' says {weight.shape}"
+            raise UserError(f"'{mirror.shown(source.checkpoint)}': {weight.path} has shape {shape}, {said}; name its own base with --base")
     return stored
 
 
@@ -159,7 +161,7 @@ def to_hf(source: Source, destination: Path, dtype: str | None = None, progress:
     texts = added_files(base.path)
     if source.run is not None:
         if verify and (fault := manifest.fault(source.checkpoint)):
-            raise UserError(f"'{source.checkpoint}' is damaged: {fault}; name another checkpoint")
+            raise UserError(f"'{mirror.shown(source.checkpoint)}' is damaged: {fault}; name another checkpoint")
         facts = provenance(source.run, source.checkpoint, base)
         texts |= {CARD: card(facts)}
         dtype = dtype or facts["settings"]["export"]["dtype"]
@@ -194,8 +196,8 @@ def _texts(folder: Folder) -> list[Path]:
 
 
 def fingerprint(files: Iterable[Path], **facts: object) -> str:
-    """What a conversion is made from, as a hash: of files their name, size and time of change. The 1 counts versions of what we make."""
-    listed = [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(file.absolute() for file in files)]
+    """What a conversion is made from, as a hash: of files their name, size and time of change (of objects their CRC32C). The 1 counts versions of what we make."""
+    listed = [pictures.facts(file) for file in sorted(file.absolute() for file in files)]
     return hashlib.sha256(json.dumps([1, listed, facts]).encode()).hexdigest()
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from phased_ift_jax import processes
+from phased_ift_jax import pictures, processes
 from phased_ift_jax.config import RunConfig, dump
 from phased_ift_jax.data.batches import batches
 from phased_ift_jax.data.dataset import write_quarantine
@@ -96,14 +96,14 @@ def prepare(config: RunConfig, fresh: bool = False) -> Run:
     """
     processes.agree(lambda: check_output(config, same_settings=not fresh))
     run = processes.together(lambda: _read(config))
+    processes.check_same("model.model_name_or_path: its objects", pictures.stamp(run.folder.path))
     processes.check_same("data.path: its rows, scores or bins", run.dataset.identity)
     return run
 
 
 def _read(config: RunConfig) -> Run:
     check_reporters(config.logging)
-    mesh = make_mesh(config.mesh)
-    seen = survey(config, mesh.shape)
+    seen = survey(config, (mesh := make_mesh(config.mesh)).shape)
     folder = seen.folder
     if config.model.init == "pretrained":  # only now: of a hub model these are many gigabytes
         folder = open_folder(config.model.model_name_or_path, config.model.revision)
@@ -151,7 +151,7 @@ def _hold(run: Run, held: ExitStack) -> None:
 
 
 def _train(run: Run, results: Results, stop: Stop, profile: tuple[int, int] | None, alive: Callable[[], None]) -> None:
-    store = Checkpoints(run.output / "checkpoints", run.dataset.identity, run.config.checkpoint.save_total_limit, run.folder.path)
+    store = Checkpoints(run.output / "checkpoints", run.dataset.identity, run.config.checkpoint.save_total_limit, pictures.shown(run.folder.path.absolute()))
     found = store.newest()
     position = found[0] if found else Position(0, 0, 0, complete=True)
     processes.agree(lambda: _set_out(run, results, store, found, stop.since))

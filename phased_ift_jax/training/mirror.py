@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from phased_ift_jax import pictures
 from phased_ift_jax.files import LOCK, write_whole
-from phased_ift_jax.object_store import SCHEME, Facts, Lease, Objects, StoreError, split, work_folder
+from phased_ift_jax.lease import Lease
+from phased_ift_jax.object_store import SCHEME, Facts, Objects, StoreError, split, work_folder
 from phased_ift_jax.records import Failure, UserError
 
 MANIFEST = "manifest.json"
@@ -53,7 +55,7 @@ def of(path: Path) -> Mirror | None:
 def shown(path: Path) -> str:
     """A path as the user knows it."""
     mirror = of(path)
-    return str(path) if mirror is None else str(path).replace(str(mirror.folder), mirror.objects.address)
+    return pictures.shown(path) if mirror is None else str(path).replace(str(mirror.folder), mirror.objects.address)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from phased_ift_jax.files import holder_of
-from phased_ift_jax.object_store import Objects, holder
+from phased_ift_jax.lease import holder
+from phased_ift_jax.object_store import Objects
 from phased_ift_jax.records import UserError
 from phased_ift_jax.training import manifest, mirror
 from phased_ift_jax.training.goodput import goodput
