@@ -11,10 +11,11 @@ import base64
 import functools
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from phased_ift_jax.records import Failure, UserError
 Result = TypeVar("Result")
 SCHEME = "gs://"
 PATIENCE = 120.0  # seconds for which a request that fails with a passing fault (429, 5xx, a lost connection) is tried again
+CHUNK_BYTES = 16 << 20  # of an object that is written as it is made; a multiple of 256 KiB
 THREADS = 8  # requests at once; the client's pool has 10 connections
 
 
@@ -169,6 +171,35 @@ class Objects:
         if there is not None and (there.size, there.crc32c) == (len(content), crc32c(content)):
             return there.generation
         raise Changed(f"'{self.address}/{name}' was written by another process meanwhile")
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Callable[[memoryview], None]]:
+        """What takes an object's bytes as they are made: it is there, whole, when this is left without an error. No more than CHUNK_BYTES wait here.
+
+        Raises:
+            StoreError: it cannot be written, or what the store has is not what was written.
+        """
+        import google_crc32c
+
+        checksum = google_crc32c.Checksum()
+        out = self._bucket.blob(self._name(name)).open("wb", chunk_size=CHUNK_BYTES, content_type="application/octet-stream", retry=_retry())
+
+        def write(content: memoryview) -> None:
+            for at in range(0, len(content), CHUNK_BYTES):
+                part = bytes(content[at : at + CHUNK_BYTES])
+                checksum.update(part)
+                self._told("written", name, partial(out.write, part))
+
+        try:
+            yield write
+            self._told("written", name, out.close)
+        except BaseException:
+            with suppress(Exception):  # it is the first error that is told
+                out.terminate()
+            raise
+        there = self.facts(name)
+        if there is None or there.crc32c != base64.b64encode(checksum.digest()).decode():
+            raise StoreError(f"'{self.address}/{name}' is not what was written; run the same command again")
 
     def upload(self, files: Iterable[tuple[str, Path]]) -> None:
         """Write objects from files, several at once; raises `StoreError`."""

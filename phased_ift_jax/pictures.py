@@ -64,6 +64,16 @@ def copy(address: str, key: str) -> Path:
 
 
 @contextmanager
+def showing(folder: Path, objects: Objects, listing: Mapping[str, Facts]) -> Iterator[None]:
+    """Let a folder, for a while, be the picture of what is being made at an address."""
+    _taken[folder] = Picture(folder, "", objects, listing)
+    try:
+        yield
+    finally:
+        del _taken[folder]
+
+
+@contextmanager
 def told(key: str) -> Iterator[None]:
     """What the store refuses, said as a fault of what was given."""
     try:
@@ -113,6 +123,12 @@ def names(folder: Path) -> list[str]:
     """Names of the files that lie in a folder, copied or not."""
     found = of(folder)
     return sorted(path.name for path in folder.iterdir() if path.is_file()) if found is None else sorted(name for name in found[0].listing if "/" not in name)
+
+
+def exists(path: Path) -> bool:
+    """Whether a file is there, copied or not."""
+    found = of(path)
+    return path.exists() if found is None else found[1] in found[0].listing
 
 
 def size(path: Path) -> int:

@@ -16,15 +16,17 @@ from test_run import ROOT, assert_same_result, make_config, rows, train, undistu
 
 from phased_ift_jax import config as config_module
 from phased_ift_jax import convert as convert_verb
+from phased_ift_jax import fetch as fetch_verb
 from phased_ift_jax import inspect as inspect_verb
 from phased_ift_jax import object_store, pictures
 from phased_ift_jax import plan as plan_verb
 from phased_ift_jax.config import MeshConfig, dump
 from phased_ift_jax.data import readers
+from phased_ift_jax.lease import Lease
 from phased_ift_jax.models import hf_weights
 from phased_ift_jax.models.hf_folder import open_folder
 from phased_ift_jax.models.tensor_files import Tensors
-from phased_ift_jax.object_store import Changed
+from phased_ift_jax.object_store import Changed, StoreError
 from phased_ift_jax.records import UserError
 from phased_ift_jax.sharding import make_mesh
 from phased_ift_jax.training.step import Trainer
@@ -238,7 +240,7 @@ def test_a_passing_fault_is_not_noticed_and_a_change_is_an_error(gcs, model, mon
     gcs.put(name, gcs.objects()[name])
     line = rf"'gs://bucket/{name}' was changed or removed while it was read; the same command reads it as it is now"
     with pytest.raises(Changed, match=line):
-        list(tensors.read(tensor, tuple(slice(None) for _ in tensors.shape(tensor))) for tensor in sorted(tensors.names()))
+        [tensors.read(tensor, tuple(slice(None) for _ in tensors.shape(tensor))) for tensor in tensors.names()]
     with pytest.raises(UserError, match=f"^model.model_name_or_path: {line}"):
         Tensors(folder.path)
     again = open_folder("gs://bucket/models/tiny")
@@ -260,3 +262,133 @@ def test_what_is_in_a_bucket_is_inspected_there(gcs, model, capsys):
     assert (facts["model"], facts["can be trained"]) == (address, "yes")
     assert inspect_verb.main([str(model), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) | {"model": address} == facts
+
+
+RUN = "gs://bucket/runs/run"
+
+
+@pytest.fixture(scope="module")
+def in_bucket(server, rows, tmp_path_factory) -> dict[str, fake_gcs.Object]:  # noqa: F811
+    """What a whole run has left in the bucket."""
+    server.buckets["bucket"].clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PHASED_IFT_WORK", str(tmp_path_factory.mktemp("work")))
+        train(make_config(rows, RUN))
+    return dict(server.buckets["bucket"])
+
+
+def same_model(gcs, name: str, folder: Path) -> None:
+    """An export at a name is the one of a folder, byte for byte, but for what it says of where it was made from."""
+    there = {path.removeprefix(f"{name}/"): content for path, content in gcs.objects(f"{name}/").items()}
+    assert there.keys() == {path.name for path in folder.iterdir()}
+    for path in folder.iterdir():
+        if path.name == "provenance.json":
+            assert json.loads(there[path.name]) | {"source": ""} == json.loads(path.read_text()) | {"source": ""}
+        else:
+            assert there[path.name] == path.read_bytes(), path.name
+
+
+def test_a_run_in_a_bucket_is_exported_from_there(gcs, in_bucket, tmp_path, capsys):
+    """The newest phase, or a checkpoint by its address, onto a disk or into a bucket: what the run itself has exported."""
+    gcs.buckets["bucket"].update(in_bucket)
+    for phase in ("3-hard", "1-easy"):
+        [checkpoint] = {"/".join(name.split("/")[:5]) for name in in_bucket if name.startswith(f"runs/run/checkpoints/{phase}/")}
+        source = RUN if phase == "3-hard" else f"gs://bucket/{checkpoint}"
+        assert convert_verb.main(["to-hf", source, str(tmp_path / phase)]) == 0
+        same_model(gcs, f"runs/run/hf/{phase}", tmp_path / phase)
+        assert convert_verb.main(["to-hf", source, f"gs://bucket/exported/{phase}"]) == 0
+        same_model(gcs, f"exported/{phase}", tmp_path / phase)
+    before = gcs.objects()
+    capsys.readouterr()
+    for destination in (str(tmp_path / "3-hard"), "gs://bucket/exported/3-hard"):
+        assert convert_verb.main(["to-hf", RUN, destination]) == 0
+        assert capsys.readouterr().out == f"nothing to do: it is there already: {destination}\n"
+    assert gcs.objects() == before
+    with pytest.raises(UserError, match="'gs://bucket/exported/3-hard' is there, and was not made from this source"):
+        convert_verb.main(["to-hf", RUN, "gs://bucket/exported/3-hard", "--dtype", "bfloat16"])
+    gcs.put("data/thesis.tex", b"years of work")
+    with pytest.raises(UserError, match="'gs://bucket/data' is there, and was not made from this source"):
+        convert_verb.main(["to-hf", RUN, "gs://bucket/data"])
+    assert gcs.objects() == before | {"data/thesis.tex": b"years of work"}
+    gcs.flip(next(name for name in in_bucket if "checkpoints/3-hard" in name and "/d/" in name))
+    with pytest.raises(UserError, match=rf"'{RUN}/checkpoints/3-hard/[0-9]+' is damaged: .*/d/.* has other content than was saved"):
+        convert_verb.main(["to-hf", RUN, str(tmp_path / "damaged")])
+
+
+def test_a_model_is_converted_into_a_bucket_and_trained_from_there(gcs, model, rows, tmp_path, monkeypatch):  # noqa: F811
+    """base -> bucket -> base is the identity; every device gets its parameters from there; nothing large touches the disk."""
+    address = "gs://bucket/models/converted"
+    assert convert_verb.main(["from-hf", put(gcs, model, "models/tiny"), address]) == 0
+    monkeypatch.setattr(object_store, "CHUNK_BYTES", 1 << 18)
+    assert convert_verb.main(["to-hf", address, "gs://bucket/back"]) == 0
+    assert convert_verb.main(["from-hf", str(model), str(tmp_path / "converted")]) == 0
+    assert convert_verb.main(["to-hf", str(tmp_path / "converted"), str(tmp_path / "back")]) == 0
+    same_model(gcs, "back", tmp_path / "back")
+    assert max(path.stat().st_size for path in (tmp_path / "work").rglob("*") if path.is_file()) < 30_000 + (model / "tokenizer.json").stat().st_size
+    changes = {"model__init": "pretrained", "training__max_steps": 2, "checkpoint__save_steps": 100}
+    here = train(make_config(rows, tmp_path / "here/run", model__model_name_or_path=str(tmp_path / "converted"), **changes))
+    there = train(make_config(rows, tmp_path / "there/run", model__model_name_or_path=address, **changes))
+    assert_same_result(there.output, here.output)
+    assert inspect_verb.main([address]) == 0
+    with pytest.raises(UserError, match=f"'{address}' was made by from-hf already"):
+        convert_verb.main(["from-hf", address, "gs://bucket/again"])
+
+
+@pytest.mark.parametrize("way", ["from-hf", "to-hf"])
+def test_a_conversion_into_a_bucket_that_was_stopped_goes_on(gcs, model, tmp_path, monkeypatch, way):
+    """Wherever it is stopped, nothing there is taken for a model; the same command makes what one that was never stopped makes."""
+    source = str(model)
+    if way == "to-hf":
+        source = str(tmp_path / "converted")
+        convert_verb.main(["from-hf", str(model), source])
+        monkeypatch.setattr("phased_ift_jax.models.tensor_files.SHARD_BYTES", 40_000)
+    convert_verb.main([way, source, "gs://bucket/whole/model"])
+    whole = {name.removeprefix("whole/"): content for name, content in gcs.objects("whole/").items()}
+    assert len([name for name in whole if name.endswith(".safetensors")]) != 1
+    monkeypatch.setattr(object_store, "PATIENCE", 0.5)
+    for skip in (1, 4, 7, 9) if way == "from-hf" else (1, 2, 3, 4):
+        fault = gcs.fail("(POST|PUT) bucket/model/(?!lease)", 403, skip=skip)
+        with pytest.raises((StoreError, ValueError, UserError)):
+            convert_verb.main([way, source, "gs://bucket/model"])
+        gcs.faults.remove(fault)
+        with pytest.raises(UserError, match=r"'gs://bucket/model' has no config.json"):
+            open_folder("gs://bucket/model")
+        assert "model/lease.json" not in gcs.objects()
+    assert convert_verb.main([way, source, "gs://bucket/model"]) == 0
+    made = gcs.objects("model/")
+    assert made.keys() == whole.keys()
+    assert [name for name in whole if made[name] != whole[name] and not name.startswith("model/checkpoint/")] == []
+    assert [name for name in whole if made[name] != whole[name] and "/params." in name] == []
+    assert gcs.asked.count("PUT bucket/model/model-00001-of-00003.safetensors") == (way == "to-hf"), "what is there is not sent again"
+    last = sorted(gcs.buckets["bucket"].items(), key=lambda item: item[1].generation)
+    assert [name for name, _ in last if name.startswith("model/")][-1] == "model/config.json"
+
+
+def test_one_process_makes_a_folder(gcs, model):
+    lease = Lease(object_store.Objects("gs://bucket/model"), "another", 60).acquire()
+    with pytest.raises(UserError, match=r"^another \(process .* is at work in 'gs://bucket/model'; wait for it to end, or choose another folder$"):
+        convert_verb.main(["from-hf", str(model), "gs://bucket/model"])
+    lease.release()
+    gcs.fail("POST", 403)
+    with pytest.raises(UserError, match=r"^DST: 'gs://bucket/model/lease.json' cannot be written: these credentials may not do that \(HTTP 403\)$"):
+        convert_verb.main(["from-hf", str(model), "gs://bucket/model"])
+    gcs.faults.clear()
+    with pytest.raises(UserError, match=r"^DST: 'gs://nowhere/model.*: no such bucket or object"):
+        convert_verb.main(["from-hf", str(model), "gs://nowhere/model"])
+    with pytest.raises(UserError, match=r"^SRC: nothing lies at 'gs://bucket/nothing'"):
+        convert_verb.main(["to-hf", "gs://bucket/nothing", "gs://bucket/model"])
+    with pytest.raises(UserError, match="--push_to_hub: 'gs://bucket/model' is in a bucket"):
+        convert_verb.main(["to-hf", "gs://bucket/nothing", "gs://bucket/model", "--push_to_hub", "me/model"])
+
+
+
+def test_data_are_fetched_into_a_bucket(gcs, monkeypatch, capsys):
+    def fetched(what: str, out: Path, base_url: str | None) -> list[Path]:
+        out.mkdir(parents=True)
+        (out / "rows.jsonl").write_text("{}\n")
+        return [out / "rows.jsonl"]
+
+    monkeypatch.setattr(fetch_verb.sources, "fetch", fetched)
+    assert fetch_verb.main(["alpaca", "--out", "gs://bucket/data"]) == 0
+    assert gcs.objects() == {"data/rows.jsonl": b"{}\n"}
+    assert capsys.readouterr().out == "in gs://bucket/data: rows.jsonl\n"

@@ -92,10 +92,14 @@ class Folder:
         """Tokenizer, generation settings and licences: what an export copies byte for byte."""
         return sorted({file for pattern in BESIDE for file in self.path.glob(pattern) if file.is_file()})
 
+    def small(self) -> dict[str, Path]:
+        """config.json and all that lies beside the weights, by name."""
+        return {str(file.relative_to(self.path)): file for file in [self.path / "config.json", *self.beside()]}
+
     def copy_beside(self, destination: Path) -> None:
         """Copy config.json and all that lies beside the weights, byte for byte."""
-        for file in [self.path / "config.json", *self.beside()]:
-            copy = destination / file.relative_to(self.path)
+        for name, file in self.small().items():
+            copy = destination / name
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
 
@@ -105,7 +109,8 @@ class Folder:
         return json.dumps({"_from_model_config": True} | ids, indent=2) + "\n" if ids else None
 
 
-def _is_small(name: str) -> bool:
+def is_small(name: str) -> bool:
+    """Whether an object of a model folder is copied to this machine: all but the weights."""
     return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in SMALL)
 
 
@@ -115,7 +120,7 @@ def open_folder(name_or_path: str, revision: str | None = None, weights: bool = 
     Raises:
         UserError: no such folder, address or name, no access, no config.json, an architecture or attribute that we do not compute.
     """
-    path = pictures.take(name_or_path, KEY, _is_small) if pictures.is_ours(name_or_path) else Path(name_or_path).expanduser()
+    path = pictures.take(name_or_path, KEY, is_small) if pictures.is_ours(name_or_path) else Path(name_or_path).expanduser()
     if not path.is_dir():
         if not hub.is_name(name_or_path):
             raise UserError(f"model.model_name_or_path: no such folder '{name_or_path}'; give a folder with config.json, or a hub name such as meta-llama/Llama-2-7b-hf")

@@ -172,6 +172,16 @@ def index_text(files: dict[str, list[Tensor]]) -> str:
 
 def write_tensors(file: Path, tensors: Sequence[Tensor], done: Callable[[int], object] = lambda size: None) -> None:
     """Write one safetensors file, whole or not there; `done` is told the bytes of each tensor written."""
+    aside = file.with_name(f".{file.name}.part")
+    with open(aside, "wb") as out:
+        stream_tensors(out.write, tensors, done)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(aside, file)
+
+
+def stream_tensors(write: Callable[[memoryview], object], tensors: Sequence[Tensor], done: Callable[[int], object] = lambda size: None) -> None:
+    """Hand the bytes of a safetensors file to `write`, in order; `done` as in `write_tensors`."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
@@ -179,15 +189,10 @@ def write_tensors(file: Path, tensors: Sequence[Tensor], done: Callable[[int], o
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    aside = file.with_name(f".{file.name}.part")
-    with open(aside, "wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for array in ahead(_made, tensors):
-            out.write(array.reshape(-1).view(np.uint8).data)
-            done(array.nbytes)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(aside, file)
+    write(memoryview(len(text).to_bytes(8, "little") + text))
+    for array in ahead(_made, tensors):
+        write(array.reshape(-1).view(np.uint8).data)
+        done(array.nbytes)
 
 
 def _made(tensor: Tensor) -> np.ndarray:

@@ -89,7 +89,7 @@ class Stored:
     def has(self, path: str, layer: int, rank: int) -> bool:
         """Whether `create`'s array holds this layer: tensorstore writes a chunk aside and renames it, so that one that is there is whole."""
         folder = self.folder / self._name(path)
-        return (folder / ".zarray").exists() and (folder / ".".join([str(layer)] + ["0"] * (rank - 1))).exists()
+        return pictures.exists(folder / ".zarray") and pictures.exists(folder / ".".join([str(layer)] + ["0"] * (rank - 1)))
 
     def create(self, path: str, shape: tuple[int, ...], dtype: np.dtype, stacked: bool) -> ts.TensorStore:
         """An array to be written, with a chunk for each layer where layers are stacked; one that is there already is kept."""
