@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,6 +23,15 @@ class Making:
     objects: Objects
     lease: Lease
     there: Mapping[str, Facts]
+
+    def watched(self, done: Callable[[int], object]) -> Callable[[int], object]:
+        """`done`, which raises `LeaseLost` where another process has taken the folder over: what it makes is not to be written over."""
+
+        def told_of(size: int) -> None:
+            self.lease.check()
+            done(size)
+
+        return told_of
 
     def finish(self, contents: Mapping[str, bytes]) -> None:
         """Write what is small, LAST last: then the folder is whole.

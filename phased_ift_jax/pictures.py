@@ -7,6 +7,7 @@ changes, and an object that was changed is in another. Nothing in it is needed: 
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -56,7 +57,7 @@ def take(address: str, key: str, wanted: Callable[[str], bool]) -> Path:
 def copy(address: str, key: str) -> Path:
     """A copy of the object at an address, under the name of the object; raises `UserError` as `take` does."""
     with told(key):
-        objects, name = Objects(address, key, parent=True), address.rpartition("/")[2]
+        objects, name = Objects(address, key, parent=True), address.rstrip("/").rpartition("/")[2]
         facts = objects.facts(name)
         if facts is None:
             raise UserError(f"{key}: no such object '{address}'{nearest(address, key)}")
@@ -160,8 +161,13 @@ def fill(path: Path, start: int, target: memoryview) -> None:
         until = min(at + PIECE_BYTES, len(target))
         target[at:until] = picture.objects.read_range(name, start + at, start + until, picture.listing[name].generation)
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(piece, range(0, len(target), PIECE_BYTES)))
+    list(_pool().map(piece, range(0, len(target), PIECE_BYTES)))
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    """One for all that is read at once: the client has no more connections."""
+    return ThreadPoolExecutor(THREADS, thread_name_prefix="pictures")
 
 
 def _show(objects: Objects, listing: Mapping[str, Facts], wanted: list[str], called: str) -> Path:

@@ -64,7 +64,7 @@ def export_to_bucket(
             done(sum(tensor.nbytes for tensor in group))
         else:
             with made.objects.writing(name) as write:
-                stream_tensors(write, group, done)
+                stream_tensors(write, group, made.watched(done))
     changed = _changed(folder, dtype) | dict(texts or {}) | ({INDEX: index_text(files)} if len(files) > 1 else {})
     made.finish({name: file.read_bytes() for name, file in folder.small().items()} | {name: text.encode() for name, text in changed.items()})
 

@@ -77,7 +77,7 @@ def from_hf(folder: Folder, destination: Path | str, progress: Progress = silent
     if isinstance(destination, str):
         with making(destination, source) as made, TemporaryDirectory(prefix="phased_ift_jax-") as part, pictures.showing(Path(part), made.objects, made.there):
             _lay_out(Path(part) / CONVERTED, ranks)
-            _convert(tensors, weights, Stored(Path(part) / CONVERTED), progress(total))
+            _convert(tensors, weights, Stored(Path(part) / CONVERTED), made.watched(progress(total)))
             laid_out = {str(path.relative_to(part)): path for path in Path(part).rglob("*") if path.is_file()}
             made.finish({name: path.read_bytes() for name, path in (laid_out | small[0] | small[1]).items()} | {CONVERSION: noted.encode()})
         return True
