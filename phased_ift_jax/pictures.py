@@ -10,6 +10,7 @@ import difflib
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -123,7 +124,10 @@ def facts(path: Path) -> tuple[str, int, object]:
 def names(folder: Path) -> list[str]:
     """Names of the files that lie in a folder, copied or not."""
     found = of(folder)
-    return sorted(path.name for path in folder.iterdir() if path.is_file()) if found is None else sorted(name for name in found[0].listing if "/" not in name)
+    if found is not None:
+        return sorted(name for name in found[0].listing if "/" not in name)
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_file())
 
 
 def exists(path: Path) -> bool:
