@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from phased_ift_jax import cli, pictures
 from phased_ift_jax.data import sources
-from phased_ift_jax.object_store import Objects, work_folder
+from phased_ift_jax.object_store import Objects, crc32c_of, work_folder
+from phased_ift_jax.records import UserError
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,6 +27,9 @@ def main(argv: Sequence[str]) -> int:
     objects = Objects(args.out, "out")
     paths = sources.fetch(args.what, work_folder() / "fetched", args.base_url)
     with pictures.told("out"):
+        for path in paths:
+            if (there := objects.facts(path.name)) and there.crc32c != crc32c_of(path):
+                raise UserError(f"out: '{objects.address}/{path.name}' is there, and is something else; move it away, or name another folder")
         objects.upload((path.name, path) for path in paths)
     print(f"in {objects.address}: {', '.join(path.name for path in paths)}")
     return 0

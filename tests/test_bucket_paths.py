@@ -120,18 +120,19 @@ def test_a_host_reads_the_rows_of_its_own_devices(gcs, model, monkeypatch):
     assert max(read) <= 1024
 
 
-def test_a_run_from_a_bucket_is_a_run_from_a_disk(gcs, model, rows, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_run_from_a_bucket_is_a_run_from_a_disk(gcs, undisturbed, rows, tmp_path, capsys):  # noqa: F811
     """Config, model, data and bins from there: weights, metrics and matrix are the same to the last bit, and so is the export."""
     ids = [json.loads(line)["id"] for line in rows.read_text().splitlines()]
     listed = {"bins": [{"name": name, "ids": ids[start::3]} for start, name in enumerate(("easy", "medium", "hard"))]}
     (tmp_path / "phases.json").write_text(json.dumps(listed))
+    base = undisturbed / "hf/3-hard"
 
     def config(output: str, model: str, path: str, bins: str) -> config_module.RunConfig:
         changes = {"model__model_name_or_path": model, "model__init": "pretrained", "data__path": path, "curriculum__bins": {"from": bins}, "training__num_train_epochs": 1}
         return make_config(rows, output, **changes)
 
-    here = train(config(str(tmp_path / "disk/run"), str(model), str(rows), str(tmp_path / "phases.json")))
-    addresses = [put(gcs, source, name) for source, name in ((model, "models/tiny"), (rows, "data/rows.jsonl"), (tmp_path / "phases.json", "data/phases.json"))]
+    here = train(config(str(tmp_path / "disk/run"), str(base), str(rows), str(tmp_path / "phases.json")))
+    addresses = [put(gcs, source, name) for source, name in ((base, "models/base"), (rows, "data/rows.jsonl"), (tmp_path / "phases.json", "data/phases.json"))]
     (tmp_path / "run.yaml").write_text(dump(config(str(tmp_path / "bucket/run"), *addresses)))
     there = train(config_module.load(put(gcs, tmp_path / "run.yaml", "run.yaml")))
     assert_same_result(there.output, here.output)
@@ -385,7 +386,7 @@ def test_one_process_makes_a_folder(gcs, model):
 
 def test_data_are_fetched_into_a_bucket(gcs, monkeypatch, capsys):
     def fetched(what: str, out: Path, base_url: str | None) -> list[Path]:
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
         (out / "rows.jsonl").write_text("{}\n")
         return [out / "rows.jsonl"]
 
@@ -393,3 +394,7 @@ def test_data_are_fetched_into_a_bucket(gcs, monkeypatch, capsys):
     assert fetch_verb.main(["alpaca", "--out", "gs://bucket/data"]) == 0
     assert gcs.objects() == {"data/rows.jsonl": b"{}\n"}
     assert capsys.readouterr().out == "in gs://bucket/data: rows.jsonl\n"
+    gcs.put("data/rows.jsonl", b"years of work")
+    with pytest.raises(UserError, match=r"^out: 'gs://bucket/data/rows\.jsonl' is there, and is something else; move it away"):
+        fetch_verb.main(["alpaca", "--out", "gs://bucket/data"])
+    assert gcs.objects() == {"data/rows.jsonl": b"years of work"}
