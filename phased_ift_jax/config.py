@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from phased_ift_jax import pictures
 from phased_ift_jax.foreign_keys import FOREIGN_KEYS
 from phased_ift_jax.records import UserError
 
@@ -39,7 +40,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which model is trained, and how it computes."""
 
-    model_name_or_path: str = Field(description="folder or Hugging Face hub name with config.json, tokenizer and, unless init is random, safetensors")
+    model_name_or_path: str = Field(description="folder (on a disk or gs://) or Hugging Face hub name with config.json, tokenizer and, unless init is random, safetensors")
     revision: str | None = Field(None, description="branch, tag or commit of a hub name")
     init: Literal["pretrained", "random"] = Field("pretrained", description="weights of the checkpoint, or random ones of config.json's sizes drawn from the seed")
     param_dtype: FloatType = Field("float32", description="dtype of the master weights and of the optimizer's moments")
@@ -57,7 +58,7 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """What is read, and how text becomes rows of tokens."""
 
-    path: str | tuple[str, ...] = Field(description="file, several files, folder, glob, hub name (org/name) or tfds:name; json, jsonl, csv or parquet")
+    path: str | tuple[str, ...] = Field(description="file, several files, folder or glob, on a disk or gs://, hub name (org/name) or tfds:name; json, jsonl, csv or parquet")
     split: str = Field("train", description="split of a hub or TFDS dataset")
     prompt_template: Literal[TEMPLATES] = Field("user_assistant", description="user_assistant is the paper's; tokenizer takes the tokenizer's own chat template")  # type: ignore[valid-type]
     append_period: bool = Field(False, description="raw Alpaca triples only: end an instruction that has no period with one, as the paper's data preparation did")
@@ -76,7 +77,7 @@ class Bins(Section):
     by: Literal["score", "file", "length"] | None = Field(None, description="score of the row, file it was read from, or length of the response in tokens")
     thresholds: tuple[float, ...] | None = Field(None, description="bounds between bins, rising: [1.5, 3.5] makes [min, 1.5), [1.5, 3.5), [3.5, max]")
     quantiles: tuple[Share, ...] | None = Field(None, description="instead of thresholds: shares of the rows below each bound, such as [0.585, 0.869]")
-    from_: str | None = Field(None, alias="from", description="phases.json with the ids of each bin")
+    from_: str | None = Field(None, alias="from", description="phases.json with the ids of each bin, or its address gs://...")
     names: tuple[Annotated[str, Field(pattern=NAME)], ...] | None = Field(None, description="names of the bins, easiest first; default: stage1, stage2, ... or the files'")
 
     @model_validator(mode="after")
@@ -260,7 +261,8 @@ def load(path: str | Path, overrides: Iterable[tuple[str, str]] = ()) -> RunConf
         UserError: no such file, not YAML, an unknown key, a value of the wrong kind; one line for each fault.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        local = pictures.copy(str(path), "config") if pictures.is_ours(str(path)) else Path(path)
+        tree = yaml.safe_load(local.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"config: cannot read '{path}': {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -4,7 +4,8 @@
     python -m phased_ift_jax.convert to-hf runs/llama2-7b-phased exported/ --dtype bfloat16
 
 from-hf takes a hub name or a folder of safetensors; train takes what it makes as model.model_name_or_path. to-hf takes a run (its newest
-finished phase), a checkpoint of a run, or what from-hf made. A conversion that was stopped goes on when the same command is given again.
+finished phase), a checkpoint of a run, or what from-hf made. A conversion that was stopped goes on when the same command is given again. SRC and DST may be
+addresses in a bucket, gs://bucket/models/llama2-7b.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from phased_ift_jax import cli
+from phased_ift_jax import cli, pictures
 from phased_ift_jax.records import UserError
 
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     from phased_ift_jax.models.hf_folder import open_folder
     from phased_ift_jax.training import conversion
 
-    destination = Path(os.path.expanduser(args.destination))
+    destination = args.destination if pictures.is_ours(args.destination) else Path(os.path.expanduser(args.destination))
     with ExitStack() as stack:  # so that an error begins on a line of its own
 
         def bar(total: int) -> Callable[[int], object]:
@@ -50,7 +51,10 @@ def main(argv: Sequence[str]) -> int:
             else:
                 if args.push_to_hub is not None and not hub.is_name(args.push_to_hub):
                     raise UserError(f"--push_to_hub: '{args.push_to_hub}' is not a name such as your-name/llama2-7b-phased")
-                made = conversion.to_hf(conversion.find(args.source, args.base), destination, args.dtype, bar)
+                if args.push_to_hub is not None and isinstance(destination, str):
+                    raise UserError(f"--push_to_hub: '{destination}' is in a bucket, and the hub takes a folder of this machine; name one as DST")
+                source = stack.enter_context(conversion.found(args.source, args.base))
+                made = conversion.to_hf(source, destination, args.dtype, bar)
         except OSError as error:  # of SRC or DST: a name too long, a folder that may not be looked into, a disk that fails
             raise UserError(f"{error.strerror or error}" + (f": '{error.filename}'" if error.filename else "")) from error
     print(f"{'done' if made else 'nothing to do: it is there already'}: {destination}")

@@ -33,6 +33,7 @@ class Stop:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._asked = self._unsaved = False
+        self.since = time.time()  # the run's start, before anything heavy is imported
         self.farewell = "stopped with everything saved; the same command goes on"
         self.tell: Callable[[str, bool], None] | None = None  # passes a request on to the other processes of the run, and whether this one leaves
         self.linger = 0.0  # seconds for them to hear of it, where they hear through this process

@@ -1,4 +1,4 @@
-"""Objects of a Google Cloud Storage bucket, and the lease that makes one process the only writer of a run there (floor 0).
+"""Objects of a Google Cloud Storage bucket (floor 0).
 
 A bucket has no append, no rename and no lock. What it has: an object is there whole or not at all, every write of it gives it a new
 generation, and a write may be made to hold only over a generation that is named (0: none). All of ours is built from these three.
@@ -9,29 +9,22 @@ from __future__ import annotations
 
 import base64
 import functools
-import getpass
-import json
 import os
 import re
-import socket
-import threading
-import time
-import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from phased_ift_jax.files import write_whole
 from phased_ift_jax.records import Failure, UserError
 
 Result = TypeVar("Result")
 SCHEME = "gs://"
 PATIENCE = 120.0  # seconds for which a request that fails with a passing fault (429, 5xx, a lost connection) is tried again
-LEASE = "lease.json"
-LEASE_SECONDS = 120.0  # a lease that was not renewed for so long may be taken over by another run
+CHUNK_BYTES = 16 << 20  # of an object that is written as it is made; a multiple of 256 KiB
 THREADS = 8  # requests at once; the client's pool has 10 connections
 
 
@@ -41,10 +34,6 @@ class StoreError(Failure):
 
 class Changed(StoreError):
     """An object is of another generation than the write was to hold over: someone else has written it."""
-
-
-class LeaseLost(Failure):
-    """Another process has taken the run over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,34 +51,53 @@ def is_address(text: str) -> bool:
     return "://" in text
 
 
-def split(address: str) -> tuple[str, str]:
-    """Bucket and name of an address such as gs://bucket/runs/one.
+def split(address: str, key: str = "output_dir") -> tuple[str, str]:
+    """Bucket and name of an address such as gs://bucket/runs/one, which `key` has given.
 
     Raises:
         UserError: it is no such address.
     """
     match = re.fullmatch(r"gs://([a-z0-9][a-z0-9._-]+)/([^/\s?#\[\]*]+(?:/[^/\s?#\[\]*]+)*)/?", address)
     if match is None or {".", ".."} & set(match[2].split("/")):
-        raise UserError(f"output_dir: '{address}' is neither a folder on a disk nor an address such as gs://bucket/runs/one")
+        raise UserError(f"{key}: '{address}' is neither a {'folder' if key == 'output_dir' else 'file or folder'} on a disk nor an address such as gs://bucket/runs/one")
     return match[1], match[2]
 
 
 class Objects:
     """The objects under one address; names are relative to it."""
 
-    def __init__(self, address: str) -> None:
-        """Raises `UserError` where the address is none, the client is not installed, or no credentials are found."""
-        bucket, self.prefix = split(address)
-        self.address = f"{SCHEME}{bucket}/{self.prefix}"
-        self._client = _client()
+    def __init__(self, address: str, key: str = "output_dir", parent: bool = False) -> None:
+        """With `parent`, those beside what the address names. `key` is what has given it.
+
+        Raises:
+            UserError: the address is none, the client is not installed, or no credentials are found.
+        """
+        bucket, name = split(address, key)
+        self.prefix = name.rpartition("/")[0] if parent else name
+        self.address = f"{SCHEME}{bucket}/{self.prefix}".rstrip("/")
+        try:
+            self._client = _client()
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
         self._bucket = self._client.bucket(bucket)
 
     def list(self, prefix: str = "") -> dict[str, Facts]:
         """Every object whose name begins so, by name."""
 
         def listed() -> dict[str, Facts]:
-            blobs = self._client.list_blobs(self._bucket, prefix=f"{self.prefix}/{prefix}", retry=_retry(), fields=LISTED)
-            return {blob.name.removeprefix(f"{self.prefix}/"): _facts(blob) for blob in blobs}
+            blobs = self._client.list_blobs(self._bucket, prefix=self._name(prefix), retry=_retry(), fields=LISTED)
+            return {blob.name.removeprefix(self._name("")): _facts(blob) for blob in blobs}
+
+        return self._told("listed", prefix, listed)
+
+    def children(self, prefix: str = "") -> Sequence[str]:
+        """Names right under a prefix (empty, or ending with a slash), folders without their slash."""
+
+        def listed() -> Sequence[str]:
+            begin = self._name(prefix)
+            blobs = self._client.list_blobs(self._bucket, prefix=begin, delimiter="/", retry=_retry(), fields=f"prefixes,{LISTED}")
+            names = [blob.name for blob in blobs]
+            return sorted({name.removeprefix(begin).rstrip("/") for name in [*names, *blobs.prefixes]} - {""})
 
         return self._told("listed", prefix, listed)
 
@@ -114,6 +122,29 @@ class Objects:
                 return None
 
         return self._told("read", name, content)
+
+    def read_range(self, name: str, start: int, stop: int, generation: int) -> bytes:
+        """Bytes of an object of this generation.
+
+        Raises:
+            Changed: it is of another by now, or gone.
+            StoreError: it cannot be read.
+        """
+        from google.api_core.exceptions import NotFound
+
+        def content() -> bytes | None:
+            try:
+                blob = self._bucket.blob(self._name(name), generation=generation)
+                return bytes(blob.download_as_bytes(start=start, end=stop - 1, raw_download=True, checksum=None, retry=_retry()))
+            except NotFound:
+                return None
+
+        found = self._told("read", name, content)
+        if found is None:
+            raise Changed(f"'{self.address}/{name}' was changed or removed while it was read; the same command reads it as it is now")
+        if len(found) != stop - start:
+            raise StoreError(f"'{self.address}/{name}' cannot be read: {len(found)} bytes came of {stop - start}")
+        return found
 
     def write(self, name: str, content: bytes, over: int | None = None) -> int:
         """Write an object and return its generation; where `over` is given, only if the object is of that generation (0: is not there).
@@ -141,6 +172,35 @@ class Objects:
             return there.generation
         raise Changed(f"'{self.address}/{name}' was written by another process meanwhile")
 
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Callable[[memoryview], None]]:
+        """What takes an object's bytes as they are made: it is there, whole, when this is left without an error. No more than CHUNK_BYTES wait here.
+
+        Raises:
+            StoreError: it cannot be written, or what the store has is not what was written.
+        """
+        import google_crc32c
+
+        checksum = google_crc32c.Checksum()
+        out = self._bucket.blob(self._name(name)).open("wb", chunk_size=CHUNK_BYTES, content_type="application/octet-stream", retry=_retry())
+
+        def write(content: memoryview) -> None:
+            for at in range(0, len(content), CHUNK_BYTES):
+                part = bytes(content[at : at + CHUNK_BYTES])
+                checksum.update(part)
+                self._told("written", name, partial(out.write, part))
+
+        try:
+            yield write
+            self._told("written", name, out.close)
+        except BaseException:
+            with suppress(Exception):  # it is the first error that is told
+                out.terminate()
+            raise
+        there = self.facts(name)
+        if there is None or there.crc32c != base64.b64encode(checksum.digest()).decode():
+            raise StoreError(f"'{self.address}/{name}' is not what was written; run the same command again")
+
     def upload(self, files: Iterable[tuple[str, Path]]) -> None:
         """Write objects from files, several at once; raises `StoreError`."""
 
@@ -157,7 +217,7 @@ class Objects:
         def one(pair: tuple[str, Path]) -> None:
             name, path = pair
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f".{path.name}.part")  # a download that fails must not leave a file that looks like one
+            part = path.with_name(f".{path.name}.{os.getpid()}.part")  # a download that fails must not leave a file that looks like one
             self._told("read", name, lambda: self._bucket.blob(self._name(name)).download_to_filename(str(part), checksum="crc32c", retry=_retry()))
             os.replace(part, path)
 
@@ -181,7 +241,7 @@ class Objects:
             list(pool.map(one, names))
 
     def _name(self, name: str) -> str:
-        return f"{self.prefix}/{name}"
+        return f"{self.prefix}/{name}".removeprefix("/")
 
     def _told(self, done: str, name: str, call: Callable[[], Result]) -> Result:
         """What a call returns, its errors as one line."""
@@ -209,6 +269,17 @@ def crc32c(content: bytes) -> str:
     return base64.b64encode(google_crc32c.value(content).to_bytes(4, "big")).decode()
 
 
+def crc32c_of(path: Path) -> str:
+    """The CRC32C of a file, likewise."""
+    import google_crc32c
+
+    checksum = google_crc32c.Checksum()
+    with open(path, "rb") as file:
+        while content := file.read(1 << 20):
+            checksum.update(content)
+    return base64.b64encode(checksum.digest()).decode()
+
+
 def _line(error: Exception) -> str:
     """What an error says, in one line."""
     code = int(getattr(error, "code", None) or 0)
@@ -227,7 +298,7 @@ def _client() -> Any:
     try:
         from google.cloud import storage
     except ImportError:
-        raise UserError("output_dir: gs:// needs `pip install 'phased_ift_jax[gcs]'`") from None
+        raise UserError("gs:// needs `pip install 'phased_ift_jax[gcs]'`") from None
     from google.auth.exceptions import DefaultCredentialsError
 
     try:
@@ -235,26 +306,8 @@ def _client() -> Any:
         return storage.Client(project=os.environ.get("GOOGLE_CLOUD_PROJECT", "none"))
     except DefaultCredentialsError:
         raise UserError(
-            "output_dir: no credentials for gs:// are found; run `gcloud auth application-default login`, or give the machine's service account access to the bucket"
+            "no credentials for gs:// are found; run `gcloud auth application-default login`, or give the machine's service account access to the bucket"
         ) from None
-
-
-def whoami() -> str:
-    """Who holds the lease of a run: what a launcher says (PHASED_IFT_RUN_ID, the same on every machine the run is moved to), else user and host."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container whose user has no name
-        user = str(os.getuid())
-    if named := os.environ.get("PHASED_IFT_RUN_ID"):
-        return named
-    machine = work_folder() / "machine"  # names of hosts are no names: many are called localhost
-    try:
-        if not machine.exists():
-            machine.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(machine, uuid.uuid4().hex[:8])
-        return f"{user}@{socket.gethostname()}:{machine.read_text(encoding='utf-8')}"
-    except OSError:
-        return f"{user}@{socket.gethostname()}"
 
 
 def work_folder() -> Path:
@@ -264,131 +317,3 @@ def work_folder() -> Path:
         return Path(os.environ.get("PHASED_IFT_WORK") or caches / "phased_ift_jax" / "runs").expanduser()
     except RuntimeError:
         raise UserError("output_dir: this user has no home to work in; name a folder with PHASED_IFT_WORK") from None
-
-
-class Lease:
-    """The right to write under an address: an object with an expiry, renewed by a thread, each time over the generation written before.
-
-    Whoever writes it next makes the generation another, so that the process that held it cannot renew it any more: it is fenced. A
-    renewal that comes late, but before anyone else has written, holds as well: nobody was there in between.
-    """
-
-    def __init__(self, objects: Objects, holder: str | None = None, seconds: float | None = None) -> None:
-        self._objects, self.holder = objects, holder or whoami()
-        self.seconds = seconds or LEASE_SECONDS
-        self.token = uuid.uuid4().hex  # of this process: no two write equal content
-        self._generation = 0
-        self._renewals = 0
-        self._lost: str | None = None
-        self._writing = threading.Lock()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._renew_on, name="lease", daemon=True)
-
-    def acquire(self) -> Lease:
-        """Take the lease, at once where nobody or the same holder has it, else only after its expiry.
-
-        Raises:
-            UserError: another holds it; the line says who, and until when.
-            StoreError: the store cannot be reached.
-        """
-        watched = 0
-        while True:
-            there = self._objects.facts(LEASE)
-            if there is not None and (reason := refusal(self._objects, there, self.holder)):
-                raise UserError(reason)
-            if there is not None and there.generation != watched and (said := _lease(self._objects, there)[0]) and said["holder"] != self.holder:
-                # it looks expired, by a clock of ours that may be wrong: one that is renewed meanwhile is not
-                watched = there.generation
-                time.sleep(self.seconds / 3)
-                continue
-            self._generation = there.generation if there else 0
-            try:
-                self._write()
-                break
-            except Changed:  # someone was faster: look again at who that is
-                self._generation = 0
-                time.sleep(0.1)
-        self._thread.start()
-        return self
-
-    def check(self) -> None:
-        """Raise `LeaseLost` where the renewing thread has found the lease taken over. Asks nobody."""
-        if self._lost is not None:
-            raise LeaseLost(self._lost)
-
-    def confirm(self) -> None:
-        """Renew the lease now: raises `LeaseLost` unless it is ours at this moment, or `StoreError`."""
-        self.check()
-        try:
-            self._write()
-        except Changed:
-            self._lose()
-            self.check()
-
-    def release(self) -> None:
-        """Give it back, so that another need not wait for its expiry; where that fails, it expires."""
-        self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join()
-        if self._lost is None:
-            with suppress(StoreError):
-                self._objects.delete({LEASE: self._generation})
-
-    def _write(self) -> None:
-        with self._writing:
-            self._renewals += 1
-            said = {"holder": self.holder, "process": f"process {os.getpid()} on {socket.gethostname()}", "seconds": self.seconds, "token": self.token, "renewals": self._renewals}
-            body = (json.dumps(said) + "\n").encode()
-            try:
-                self._generation = self._objects.write(LEASE, body, over=self._generation)
-            except Changed:
-                # perhaps by ourselves: a renewal whose answer was lost
-                there = self._objects.facts(LEASE)
-                if there is None or self.token not in (self._objects.read(LEASE) or b"").decode(errors="replace"):
-                    raise
-                self._generation = self._objects.write(LEASE, body, over=there.generation)
-
-    def _renew_on(self) -> None:
-        while not self._ended.wait(self.seconds / 4):
-            try:
-                self._write()
-            except Changed:
-                self._lose()
-                break
-            except StoreError:
-                continue  # the next renewal, or the commit of a checkpoint, will tell
-
-    def _lose(self) -> None:
-        def lost(who: str) -> str:
-            return f"'{self._objects.address}' was taken over by {who}; this one stops, and nothing of it is saved from here on"
-
-        self._lost = lost("another process")  # at once: by whom can be asked later
-        with suppress(StoreError):
-            self._lost = lost(holder(self._objects) or "another process")
-
-
-def holder(objects: Objects, there: Facts | None = None) -> str | None:
-    """Who holds the lease of an address, and until when; None where nobody does."""
-    said, until = _lease(objects, there or objects.facts(LEASE))
-    if said is None or until < time.time():
-        return None
-    return f"{said['holder']} ({said['process']}), until {time.strftime('%Y-%m-%d %H:%M:%S %Z', time.localtime(until))} unless renewed,"
-
-
-def refusal(objects: Objects, there: Facts, me: str) -> str | None:
-    """Why this holder may not take the lease now, in one line; None where it may."""
-    said, _ = _lease(objects, there)
-    if said is None or said["holder"] == me or (who := holder(objects, there)) is None:
-        return None
-    return f"output_dir: {who} is at work in '{objects.address}'; wait for it to end, or choose another output_dir"
-
-
-def _lease(objects: Objects, there: Facts | None) -> tuple[dict[str, Any] | None, float]:
-    """What the lease says, and when it expires: by the store's clock for its beginning, so that only our own has to be right."""
-    if there is None or (content := objects.read(LEASE)) is None:
-        return None, 0.0
-    try:
-        said = json.loads(content)
-        return {name: said[name] for name in ("holder", "process")}, there.updated + float(said["seconds"])
-    except (ValueError, KeyError, TypeError):
-        return None, 0.0  # not ours to read; a write over its generation will tell whether it is still there

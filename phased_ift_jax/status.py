@@ -36,6 +36,10 @@ def main(argv: Sequence[str]) -> int:
             print(f"last step: {last['step']} of {last['phase']}, loss {'none' if last['loss'] is None else format(last['loss'], '.4f')}, {last['seconds']:.3g} s")
             if facts["seconds_left"]:
                 print(f"left to train: about {timedelta(seconds=round(facts['seconds_left']))}")
+        if good := facts["goodput"]:
+            to = "since the {}" if not good["ended"] else "between the {} and the end"
+            start = "start" if good["starts"] == 1 else f"first of {good['starts']} starts"
+            print(f"goodput: {100 * good['share']:.0f} % of {timedelta(seconds=round(good['wall_seconds']))} {to.format(start)} was training")
         if facts["skipped"]:
             print(f"steps left out for a loss or gradient that was no finite number: {facts['skipped']}")
         print(f"at work: {facts['at_work'] or 'no process'}")

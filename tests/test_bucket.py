@@ -18,11 +18,12 @@ import fake_gcs
 import pytest
 from test_run import ROOT, Crash, assert_same_result, crash_in_step, final_weights, make_config, metrics, rows, train, undisturbed  # noqa: F401
 
-from phased_ift_jax import cli, object_store
+from phased_ift_jax import cli, lease, object_store
 from phased_ift_jax import status as status_verb
 from phased_ift_jax import train as train_verb
 from phased_ift_jax.config import dump
-from phased_ift_jax.object_store import LEASE, Lease, LeaseLost, Objects
+from phased_ift_jax.lease import LEASE, Lease, LeaseLost
+from phased_ift_jax.object_store import Objects
 from phased_ift_jax.records import UserError
 from phased_ift_jax.training import loop, mirror
 from phased_ift_jax.training.checkpoint import SaveFailed
@@ -103,6 +104,26 @@ def test_a_machine_that_is_gone_is_no_loss(gcs, stopped, rows, undisturbed, monk
     assert_same_result(run.output, undisturbed)
     assert lease.list().keys() >= {"hf/1-easy.json", "hf/2-medium.json", "hf/3-hard.json"}
     assert len([name for name in lease.list() if name.endswith("manifest.json")]) == 3
+
+
+def test_the_time_of_a_run_is_kept_in_the_bucket(gcs, rows, monkeypatch, tmp_path):  # noqa: F811
+    """A start that was killed before anything was saved, one that was killed on another machine, and one that ended: each is noted, and their time."""
+    for machine, step in (("first", 1), ("second", 6)):
+        move(monkeypatch, tmp_path, machine)
+        with monkeypatch.context() as patch:
+            patch.setattr(mirror.Mirror, "close", lambda self: self.lease._ended.set())  # a kill gives nothing back
+            crash_in_step(patch, step)
+            with pytest.raises(Crash):
+                train(make_config(rows, ADDRESS))
+    killed = status_of_address(ADDRESS)["goodput"]
+    assert (killed["starts"], killed["ended"]) == (2, False)
+    move(monkeypatch, tmp_path, "third")
+    run = train(make_config(rows, ADDRESS))
+    facts = status_of_address(ADDRESS)["goodput"]
+    assert (facts["starts"], facts["ended"]) == (3, True)
+    assert facts["trained_seconds"] == pytest.approx(sum(json.loads(line)["seconds"] for line in (run.output / "metrics.jsonl").read_text().splitlines()), rel=1e-12)
+    times = [json.loads(line) for line in gcs.objects()["runs/run/starts.jsonl"].splitlines()]
+    assert facts["wall_seconds"] == times[-1]["done"] - times[0]["start"]
 
 
 def test_a_start_that_cannot_read_leaves_the_bucket_as_it_was(gcs, stopped, rows, undisturbed, monkeypatch, tmp_path):  # noqa: F811
@@ -306,7 +327,7 @@ def test_a_run_that_was_taken_over_stops_and_commits_nothing(gcs, rows, undistur
 
 
 def test_a_renewal_that_finds_another_stops_the_run_at_the_next_step(gcs, rows, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(object_store, "LEASE_SECONDS", 0.4)
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.4)
     steps, real = [], loop.put
 
     def put(tree, dims, mesh):

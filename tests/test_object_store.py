@@ -14,8 +14,10 @@ from pathlib import Path
 import fake_gcs
 import pytest
 
+from phased_ift_jax import lease as lease_module
 from phased_ift_jax import object_store
-from phased_ift_jax.object_store import LEASE, Changed, Lease, LeaseLost, Objects, StoreError, holder
+from phased_ift_jax.lease import LEASE, Lease, LeaseLost, holder
+from phased_ift_jax.object_store import Changed, Objects, StoreError
 from phased_ift_jax.records import UserError
 
 
@@ -276,8 +278,8 @@ def test_an_expired_lease_is_looked_at_twice(objects, gcs):
         held.confirm()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(object_store.time, "sleep", renew_meanwhile)
-        patch.setattr(object_store, "refusal", lambda objects, there, me: "it lives" if len(watched) > 1 else None)
+        patch.setattr(lease_module.time, "sleep", renew_meanwhile)
+        patch.setattr(lease_module, "refusal", lambda objects, there, me: "it lives" if len(watched) > 1 else None)
         with pytest.raises(UserError, match="it lives"):
             Lease(objects, "tpu-b", 60).acquire()
     assert watched[0] == 20
@@ -287,11 +289,11 @@ def test_an_expired_lease_is_looked_at_twice(objects, gcs):
 
 def test_a_holder_is_what_a_launcher_says_it_is_or_one_machines_disk(monkeypatch, tmp_path):
     monkeypatch.setenv("PHASED_IFT_RUN_ID", "my-tpu")
-    assert object_store.whoami() == "my-tpu"
+    assert lease_module.whoami() == "my-tpu"
     monkeypatch.delenv("PHASED_IFT_RUN_ID")
     names = []
     for disk in ("one", "one", "other"):
         monkeypatch.setenv("PHASED_IFT_WORK", str(tmp_path / disk))
-        names.append(object_store.whoami())
+        names.append(lease_module.whoami())
     assert names[0] == names[1] != names[2]
     assert "@" in names[0]

@@ -263,7 +263,7 @@ def test_a_path_that_cannot_be_read_is_one_line_that_says_what_would_do(tmp_path
         "alpaca.jsonl": "data.path: no such file 'alpaca.jsonl'; did you mean 'alpaca.json'?",
         "nowhere/alpaca.json": "data.path: no such file 'nowhere/alpaca.json'; there is no folder 'nowhere' either",
         "empty/alpaca": "data.path: no such file 'empty/alpaca'; a hub dataset",
-        "gs://bucket/a.jsonl": "copied to this machine",
+        "s3://bucket/a.jsonl": "copied to this machine",
         "*.tsv": "no file matches '*.tsv'",
         "empty": "holds no .json, .jsonl",
         "table.xlsx": "unknown extension '.xlsx'",

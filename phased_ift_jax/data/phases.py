@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from phased_ift_jax import pictures
 from phased_ift_jax.config import NAME, Bins, CurriculumConfig, PhaseConfig
 from phased_ift_jax.data.batches import generator
 from phased_ift_jax.records import InstructionRecord, Phase, ScoredRecord, TokenizedExample, UserError
@@ -145,7 +146,8 @@ def _names(bins: Bins, default: list[str]) -> tuple[str, ...]:
 
 def _listed(path: str, records: Sequence[Record]) -> Binning:
     try:
-        listed = json.loads(Path(path).read_text(encoding="utf-8"))["bins"]
+        local = pictures.copy(path, "curriculum.bins.from") if pictures.is_ours(path) else Path(path)
+        listed = json.loads(local.read_text(encoding="utf-8"))["bins"]
         named = [(str(entry["name"]), [str(i) for i in entry["ids"]]) for entry in listed]
         if not all(isinstance(entry["ids"], list) for entry in listed):
             raise TypeError

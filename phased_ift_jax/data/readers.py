@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import fnmatch
 import glob
 import json
 import os
@@ -18,9 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from phased_ift_jax import pictures
 from phased_ift_jax.data.row_kinds import BadRow, Ids, id_or_none, is_unicode, kind, record_of
+from phased_ift_jax.object_store import Objects
 from phased_ift_jax.records import InstructionRecord, Quarantined, Reading, ScoredRecord, Source, UserError
 
+KEY = "data.path"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 Rows = Iterator[tuple[int, Any]]  # the 1-based line and the row there, or the `BadRow` that stands in its place
 
@@ -28,7 +32,7 @@ Rows = Iterator[tuple[int, Any]]  # the 1-based line and the row there, or the `
 def read(paths: str | Sequence[str], split: str = "train", append_period: bool = False) -> Reading:
     """Read every row of `paths`, in order: each becomes a record or is quarantined with its line and the reason.
 
-    A path is a file, a folder (its data files by name), a glob, a hub name (`org/name` or `hub:name`), `tfds:name` or `tfds:folder`.
+    A path is a file, a folder (its data files by name) or a glob, on a disk or in a bucket (`gs://...`), a hub name (`org/name` or `hub:name`), `tfds:name` or `tfds:folder`.
     A row without an id is named by a hash of its content, before any period is added; a repeated row gets `-2`, `-3` behind it.
     `append_period` ends the instruction of Alpaca triples with a period, as the paper's data preparation did; other shapes are not touched.
 
@@ -67,6 +71,8 @@ def _expand(path: str, split: str) -> list[tuple[str, Rows]]:
         return [(path, _hub(path.removeprefix("hub:"), split))]
     if path.startswith("tfds:"):
         return [(path, _tfds(path.removeprefix("tfds:"), split))]
+    if pictures.is_ours(path):
+        return [_file(address) for address in _addresses(path)]
     local = os.path.expanduser(path)
     if os.path.isdir(local):
         names = [name for name in _listing(local) if _extension(name) in FORMATS and not name.startswith(".")]
@@ -87,18 +93,59 @@ def _expand(path: str, split: str) -> list[tuple[str, Rows]]:
     raise UserError(f"data.path: no such file '{path}'" + _nearest(local))
 
 
+def _addresses(path: str) -> list[str]:
+    """The addresses of the files that an address in a bucket names: an object, the data files of a folder, or what matches a glob."""
+    if "#" in path or not glob.has_magic(path):
+        return _addresses_in(path)
+    fixed = path[: re.search(r"[*?\[]", path).start()].rpartition("/")[0]  # type: ignore[union-attr]
+    if fixed.count("/") < 3:
+        raise UserError(f"data.path: '{path}' would list a whole bucket; name a folder before the first of *?[")
+    with pictures.told(KEY):
+        found = [f"{fixed}/{name}" for name in Objects(fixed, KEY).list() if _matches(f"{fixed}/{name}".split("/"), path.split("/"))]
+    if not found:
+        raise UserError(f"data.path: no file matches '{path}'")
+    return found
+
+
+def _addresses_in(path: str) -> list[str]:
+    with pictures.told(KEY):
+        objects, name = Objects(path, KEY, parent=True), path.rstrip("/").rpartition("/")[2]
+        if not path.endswith("/") and objects.facts(name):
+            return [path]
+        inside = objects.children(f"{name}/")
+        found = [name for name in inside if _extension(name) in FORMATS and not name.startswith(".")]
+        if not inside:
+            raise UserError(f"data.path: no such object '{path}'{pictures.nearest(path, KEY)}")
+    if not found:
+        raise UserError(f"data.path: folder '{path}' holds no {', '.join(FORMATS)} file")
+    return [f"{path.rstrip('/')}/{name}" for name in found]
+
+
+def _matches(parts: list[str], pattern: list[str]) -> bool:
+    """Whether the parts of a name match those of a pattern, as `glob` has it: ** stands for any folders, and a name with a dot first is hidden."""
+    if not pattern or not parts:
+        return parts == pattern
+    if pattern[0] == "**":
+        return _matches(parts, pattern[1:]) or (not parts[0].startswith(".") and len(parts) > 1 and _matches(parts[1:], pattern))
+    hidden = parts[0].startswith(".") and not pattern[0].startswith(".")
+    return fnmatch.fnmatchcase(parts[0], pattern[0]) and not hidden and _matches(parts[1:], pattern[1:])
+
+
 def _file(path: str) -> tuple[str, Rows]:
     extension = _extension(path)
     if extension not in FORMATS:
         raise UserError(f"data.path: '{path}' has the unknown extension '{extension}'; known: {', '.join(FORMATS)}")
-    return path, _guarded(path, FORMATS[extension](path))
+    return path, _guarded(path, FORMATS[extension])
 
 
-def _guarded(path: str, rows: Rows) -> Rows:
+def _guarded(path: str, rows: Callable[[str], Rows]) -> Rows:
+    local = str(pictures.copy(path, KEY)) if pictures.is_ours(path) else path
     try:
-        yield from rows
+        yield from rows(local)
     except OSError as error:
         raise UserError(f"data.path: cannot read '{path}': {error.strerror or _one_line(error)}") from None
+    except UserError as error:
+        raise UserError(str(error).replace(local, path)) from None
 
 
 def _listing(folder: str) -> list[str]:
@@ -115,7 +162,7 @@ def _extension(path: str) -> str:
 def _nearest(path: str) -> str:
     folder, name = os.path.split(path)
     if "://" in path:
-        return "; remote files must be copied to this machine first"
+        return "; of remote files those in a bucket are read, gs://bucket/...; others must be copied to this machine first"
     if not os.path.isdir(folder or "."):
         return f"; there is no folder '{folder}' either"
     near = difflib.get_close_matches(name, _listing(folder), n=1)

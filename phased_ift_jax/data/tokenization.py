@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from phased_ift_jax import pictures
 from phased_ift_jax.data.templates import Rendered, render
 from phased_ift_jax.data.tokenizer_json import added_files
 from phased_ift_jax.records import InstructionRecord, Quarantined, TokenizedExample, UserError
@@ -32,7 +33,7 @@ def load_tokenizer(folder: Path, vocab_size: int | None = None) -> Any:
         UserError: there is none, it cannot be had exactly, it has no beginning- or end-of-sequence token, or more tokens than the model (`vocab_size`).
     """
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        raise UserError(f"model.model_name_or_path: '{folder}' has no tokenizer.json and no tokenizer.model")
+        raise UserError(f"model.model_name_or_path: '{pictures.shown(folder)}' has no tokenizer.json and no tokenizer.model")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch is as it should be
     from transformers import PreTrainedTokenizerFast
 
@@ -50,11 +51,11 @@ def load_tokenizer(folder: Path, vocab_size: int | None = None) -> Any:
             # AutoTokenizer would choose a class by name, and some (LlamaTokenizer) take the file's merges and put their own pipeline around them
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(place), local_files_only=True)
         except Exception as error:  # transformers raises many kinds for a folder it cannot read
-            raise UserError(f"model.model_name_or_path: the tokenizer of '{folder}' does not load: " + " ".join(str(error).split())) from None
+            raise UserError(f"model.model_name_or_path: the tokenizer of '{pictures.shown(folder)}' does not load: " + " ".join(str(error).split())) from None
     tokenizer.name_or_path = str(folder)
     for name in ("bos_token", "eos_token"):
         if not getattr(tokenizer, name):
-            raise UserError(f"model.model_name_or_path: the tokenizer of '{folder}' has no {name}")
+            raise UserError(f"model.model_name_or_path: the tokenizer of '{pictures.shown(folder)}' has no {name}")
     if vocab_size is not None and len(tokenizer) > vocab_size:
         raise UserError(f"model.model_name_or_path: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {vocab_size}")
     return tokenizer

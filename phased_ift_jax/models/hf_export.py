@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from phased_ift_jax.files import building, clear, write_whole
+from phased_ift_jax.making import SOURCE, Making
 from phased_ift_jax.models.hf_folder import Folder
-from phased_ift_jax.models.tensor_files import INDEX, Tensor, index_text, read_header, shards, write_tensors
-
-SOURCE = "source.json"  # inside the part only: what it is made from
+from phased_ift_jax.models.tensor_files import INDEX, Tensor, index_text, read_header, shards, stream_tensors, write_tensors
 
 
 def export(
@@ -47,6 +46,27 @@ def export(
         folder.copy_beside(part)
         for name, text in (_changed(folder, dtype) | dict(texts or {})).items():
             write_whole(part / name, text)
+
+
+def export_to_bucket(
+    tensors: Sequence[Tensor],
+    folder: Folder,
+    made: Making,
+    *,
+    dtype: str | None = None,
+    texts: Mapping[str, str] | None = None,
+    done: Callable[[int], object] = lambda size: None,
+) -> None:
+    """The same in a bucket: each file of weights goes there as it is made, and none of it onto this machine's disk."""
+    files = shards(tensors)
+    for name, group in files.items():
+        if name in made.there:
+            done(sum(tensor.nbytes for tensor in group))
+        else:
+            with made.objects.writing(name) as write:
+                stream_tensors(write, group, made.watched(done))
+    changed = _changed(folder, dtype) | dict(texts or {}) | ({INDEX: index_text(files)} if len(files) > 1 else {})
+    made.finish({name: file.read_bytes() for name, file in folder.small().items()} | {name: text.encode() for name, text in changed.items()})
 
 
 def _changed(folder: Folder, dtype: str | None) -> dict[str, str]:

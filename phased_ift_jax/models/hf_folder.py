@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from phased_ift_jax import pictures
 from phased_ift_jax.models import hub, llama, mistral
 from phased_ift_jax.models.decoder import DecoderConfig
 from phased_ift_jax.models.tensor_files import weight_files
@@ -30,17 +32,26 @@ BESIDE = (
     "NOTICE*",
     "USE_POLICY*",
 )
+KEY = "model.model_name_or_path"
 CARD = "README.md"
 CONVERTED, CONVERSION = "checkpoint", "conversion.json"  # in a folder made by `convert from-hf`: its weights, for orbax, and what they were
 
 
+SMALL = ("*.json", CARD, *BESIDE, f"{CONVERTED}/commit_success.txt", f"{CONVERTED}/*/_METADATA")  # of a folder in a bucket: what is copied to this machine
+
+
 @dataclass(frozen=True)
 class Folder:
-    """A local model folder; `attributes` is config.json as it stands."""
+    """A model folder on a disk, or in a bucket, of which `path` shows all but the weights; `attributes` is config.json as it stands."""
 
     path: Path
     attributes: dict[str, Any]
     config: DecoderConfig
+
+    @property
+    def name(self) -> str:
+        """Where it lies, as the user knows it."""
+        return pictures.shown(self.path)
 
     @property
     def weights(self) -> list[tuple[str, str, str]]:
@@ -75,16 +86,20 @@ class Folder:
         try:
             return {str(name): str(code) for name, code in json.loads((self.path / CONVERSION).read_text(encoding="utf-8"))["dtypes"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"'{self.path / CONVERSION}' is damaged; convert the model again") from None
+            raise UserError(f"'{pictures.shown(self.path / CONVERSION)}' is damaged; convert the model again") from None
 
     def beside(self) -> list[Path]:
         """Tokenizer, generation settings and licences: what an export copies byte for byte."""
         return sorted({file for pattern in BESIDE for file in self.path.glob(pattern) if file.is_file()})
 
+    def small(self) -> dict[str, Path]:
+        """config.json and all that lies beside the weights, by name."""
+        return {str(file.relative_to(self.path)): file for file in [self.path / "config.json", *self.beside()]}
+
     def copy_beside(self, destination: Path) -> None:
         """Copy config.json and all that lies beside the weights, byte for byte."""
-        for file in [self.path / "config.json", *self.beside()]:
-            copy = destination / file.relative_to(self.path)
+        for name, file in self.small().items():
+            copy = destination / name
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
 
@@ -94,13 +109,18 @@ class Folder:
         return json.dumps({"_from_model_config": True} | ids, indent=2) + "\n" if ids else None
 
 
+def is_small(name: str) -> bool:
+    """Whether an object of a model folder is copied to this machine: all but the weights."""
+    return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in SMALL)
+
+
 def open_folder(name_or_path: str, revision: str | None = None, weights: bool = True) -> Folder:
-    """A model folder on disk, or a hub name brought to the local cache.
+    """A model folder on disk or at an address in a bucket, or a hub name brought to the local cache.
 
     Raises:
-        UserError: no such folder or name, no access, no config.json, an architecture or attribute that we do not compute.
+        UserError: no such folder, address or name, no access, no config.json, an architecture or attribute that we do not compute.
     """
-    path = Path(name_or_path).expanduser()
+    path = pictures.take(name_or_path, KEY, is_small) if pictures.is_ours(name_or_path) else Path(name_or_path).expanduser()
     if not path.is_dir():
         if not hub.is_name(name_or_path):
             raise UserError(f"model.model_name_or_path: no such folder '{name_or_path}'; give a folder with config.json, or a hub name such as meta-llama/Llama-2-7b-hf")
@@ -108,13 +128,13 @@ def open_folder(name_or_path: str, revision: str | None = None, weights: bool = 
     try:
         attributes = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"model.model_name_or_path: '{path}' has no config.json; give a Hugging Face model folder") from None
+        raise UserError(f"model.model_name_or_path: '{pictures.shown(path)}' has no config.json; give a Hugging Face model folder") from None
     except OSError as error:
-        raise UserError(f"model.model_name_or_path: cannot read '{path / 'config.json'}': {error.strerror}") from None
+        raise UserError(f"model.model_name_or_path: cannot read '{pictures.shown(path / 'config.json')}': {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"model.model_name_or_path: '{path / 'config.json'}' is not JSON: {error}") from None
+        raise UserError(f"model.model_name_or_path: '{pictures.shown(path / 'config.json')}' is not JSON: {error}") from None
     if not isinstance(attributes, dict):
-        raise UserError(f"model.model_name_or_path: '{path / 'config.json'}' is not a JSON object; give a Hugging Face model folder")
+        raise UserError(f"model.model_name_or_path: '{pictures.shown(path / 'config.json')}' is not a JSON object; give a Hugging Face model folder")
     kind = attributes.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:

@@ -112,7 +112,7 @@ def check_shapes(folder: Folder, shapes: Mapping[str, tuple[int, ...]]) -> None:
     unknown = sorted(set(shapes) - set(expected) - ignored)
     for fault, names in (("has no tensor", missing), ("holds an unknown tensor", unknown)):
         if names:
-            raise UserError(f"model.model_name_or_path: '{folder.path}' {fault} {names[0]}" + (f" (and {len(names) - 1} more)" if names[1:] else ""))
+            raise UserError(f"model.model_name_or_path: '{folder.name}' {fault} {names[0]}" + (f" (and {len(names) - 1} more)" if names[1:] else ""))
     for name, weight in expected.items():
         wanted = weight.layout.their_shape(weight.each)
         if shapes[name] != wanted:
@@ -154,8 +154,10 @@ def _part(tensors: Tensors, weight: Weight, name: str, sharding: NamedSharding, 
         assert index is not None, "jax says which slice of every dim"
         holders.setdefault(tuple(part.indices(size)[:2] for part, size in zip(index, weight.each, strict=True)), []).append(device)
     pieces = []
+    indices = {cut: weight.layout.their_index(tuple(slice(*part) for part in cut), weight.each) for cut in holders}
+    read = tensors.reader(name, list(indices.values()))
     for cut, devices in holders.items():
-        theirs = tensors.read(name, weight.layout.their_index(tuple(slice(*part) for part in cut), weight.each))
+        theirs = read(indices[cut])
         ours = reordered(weight.layout.to_ours(theirs, tuple(stop - start for start, stop in cut)), dtype)
         pieces += [jax.device_put(ours, device).block_until_ready() for device in devices]
     return jax.make_array_from_single_device_arrays(weight.each, sharding, pieces)

@@ -57,8 +57,8 @@ class Checkpoints:
     Of several processes each saves and loads its own slices; process 0 verifies, commits and removes, and the others take its word.
     """
 
-    def __init__(self, root: Path, identity: str, keep: int, base: Path | None = None) -> None:
-        """`base` is the folder whose config and tokenizer an export takes; it is noted with every save."""
+    def __init__(self, root: Path, identity: str, keep: int, base: str | None = None) -> None:
+        """`base` is the folder or address whose config and tokenizer an export takes; it is noted with every save."""
         self.root, self.identity, self.keep, self.base = root, identity, keep, base
         self._note = root.parent / NOTE
         self.damaged: dict[Path, str] = {}  # found so, and why
@@ -139,7 +139,7 @@ class Checkpoints:
                 saving = ocp.save_async(place_of(path, begin=True), tree, overwrite=True)
         except Exception as error:
             raise _failed(path, error) from error
-        facts = asdict(position) | {"identity": self.identity, "versions": versions(), "base": str(self.base.absolute()) if self.base else None}
+        facts = asdict(position) | {"identity": self.identity, "versions": versions(), "base": self.base}
         self._saving = self._thread.submit(self._commit, saving, path, facts)
 
     def check(self) -> None:

@@ -1,6 +1,6 @@
 """Whole models between Hugging Face folders and orbax checkpoints, a few tensors at a time.
 
-Both ways a destination is made aside and renamed when whole. A call that was stopped goes on from what it had finished, if its source
+Both ways a destination is made aside and renamed when whole, or, in a bucket, whole with its last object. A call that was stopped goes on from what it had finished, if its source
 is still the same; a destination that this source has made is left as it is.
 """
 
@@ -15,18 +15,22 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from phased_ift_jax import pictures
 from phased_ift_jax.data.tokenizer_json import added_files
 from phased_ift_jax.files import building, clear, part_of, write_whole
+from phased_ift_jax.making import SOURCE, is_made, making
 from phased_ift_jax.models import hf_weights
-from phased_ift_jax.models.hf_export import SOURCE, export
-from phased_ift_jax.models.hf_folder import CARD, CONVERSION, CONVERTED, Folder, open_folder
+from phased_ift_jax.models.hf_export import export, export_to_bucket
+from phased_ift_jax.models.hf_folder import CARD, CONVERSION, CONVERTED, Folder, is_small, open_folder
 from phased_ift_jax.models.tensor_files import CODES, Tensors, ahead, reordered
+from phased_ift_jax.object_store import Objects, crc32c_of
 from phased_ift_jax.records import UserError
 from phased_ift_jax.training import manifest, mirror
 from phased_ift_jax.training.checkpoint import Checkpoints, metadata_of
@@ -51,48 +55,87 @@ class Source:
     run: Path | None
 
 
-def from_hf(folder: Folder, destination: Path, progress: Progress = silent) -> bool:
+def from_hf(folder: Folder, destination: Path | str, progress: Progress = silent) -> bool:
     """Write a Hugging Face model as a folder with an orbax checkpoint and all of the base but its weights. False: it is there already.
+
+    A destination that is a text is an address in a bucket, to which the arrays go straight.
 
     Raises:
         UserError: weights that are not what config.json says, a destination that holds something else, a full disk.
     """
     if folder.converted:
-        raise UserError(f"'{folder.path}' was made by from-hf already")
+        raise UserError(f"'{folder.name}' was made by from-hf already")
     tensors = hf_weights.check(folder)
     weights = hf_weights.weights(folder)
     source = fingerprint([*tensors.files, *_texts(folder)])
     if _is_there(destination, CONVERSION, source):
         return False
-    total = _bytes_of(folder, None)
+    total, ranks = _bytes_of(folder, None), {weight.path: len(weight.shape) for weight in weights}
+    small = [folder.small(), {CARD: folder.path / CARD} if (folder.path / CARD).exists() else {}]
+    dtypes = {name: CODES[tensors.dtype(name).name] for weight in weights for name in weight.names}
+    noted = json.dumps({"source": source, "dtypes": dtypes}, indent=1) + "\n"
+    if isinstance(destination, str):
+        with making(destination, source) as made, TemporaryDirectory(prefix="phased_ift_jax-") as part, pictures.showing(Path(part), made.objects, made.there):
+            _lay_out(Path(part) / CONVERTED, ranks)
+            _convert(tensors, weights, Stored(Path(part) / CONVERTED), made.watched(progress(total)))
+            laid_out = {str(path.relative_to(part)): path for path in Path(part).rglob("*") if path.is_file()}
+            made.finish({name: path.read_bytes() for name, path in (laid_out | small[0] | small[1]).items()} | {CONVERSION: noted.encode()})
+        return True
     _check_space(destination, total)
-    with building(destination, SOURCE) as part:
-        if not (part / SOURCE).exists() or (part / SOURCE).read_text(encoding="utf-8") != source:
-            clear(part, SOURCE)
-            _lay_out(part / CONVERTED, {weight.path: len(weight.shape) for weight in weights})
-            write_whole(part / SOURCE, source)
-        for unfinished in part.rglob("*.__lock"):
+    with building(destination, SOURCE) as aside:
+        if not (aside / SOURCE).exists() or (aside / SOURCE).read_text(encoding="utf-8") != source:
+            clear(aside, SOURCE)
+            _lay_out(aside / CONVERTED, ranks)
+            write_whole(aside / SOURCE, source)
+        for unfinished in aside.rglob("*.__lock"):
             unfinished.unlink()
-        stored, done = Stored(part / CONVERTED), progress(total)
-
-        def convert(item: tuple[hf_weights.Weight, int]) -> int:
-            weight, layer = item
-            dtype = _common_dtype([tensors.dtype(name) for name in weight.names])
-            if not stored.has(weight.path, layer, len(weight.shape)):
-                array = stored.create(weight.path, weight.shape, dtype, weight.stacked)
-                theirs = tensors.read(weight.names[layer], tuple(slice(None) for _ in weight.layout.theirs))
-                ours = reordered(weight.layout.to_ours(theirs, weight.each), dtype)
-                (array[layer] if weight.stacked else array).write(ours, can_reference_source_data_indefinitely=True).result()
-            return math.prod(weight.each) * tensors.dtype(weight.names[layer]).itemsize
-
-        for size in ahead(convert, ((weight, layer) for weight in weights for layer in range(len(weight.names)))):
-            done(size)
-        folder.copy_beside(part)
-        if (folder.path / CARD).exists():
-            shutil.copyfile(folder.path / CARD, part / CARD)
-        dtypes = {name: CODES[tensors.dtype(name).name] for weight in weights for name in weight.names}
-        write_whole(part / CONVERSION, json.dumps({"source": source, "dtypes": dtypes}, indent=1) + "\n")
+        _convert(tensors, weights, Stored(aside / CONVERTED), progress(total))
+        folder.copy_beside(aside)
+        for name, card_of_base in small[1].items():
+            shutil.copyfile(card_of_base, aside / name)
+        write_whole(aside / CONVERSION, noted)
     return True
+
+
+def _convert(tensors: Tensors, weights: list[hf_weights.Weight], stored: Stored, done: Done) -> None:
+    """Write every array, layer by layer, that is not there yet."""
+
+    def convert(item: tuple[hf_weights.Weight, int]) -> int:
+        weight, layer = item
+        dtype = _common_dtype([tensors.dtype(name) for name in weight.names])
+        if not stored.has(weight.path, layer, len(weight.shape)):
+            array = stored.create(weight.path, weight.shape, dtype, weight.stacked)
+            theirs = tensors.read(weight.names[layer], tuple(slice(None) for _ in weight.layout.theirs))
+            ours = reordered(weight.layout.to_ours(theirs, weight.each), dtype)
+            (array[layer] if weight.stacked else array).write(ours, can_reference_source_data_indefinitely=True).result()
+        return math.prod(weight.each) * tensors.dtype(weight.names[layer]).itemsize
+
+    for size in ahead(convert, ((weight, layer) for weight in weights for layer in range(len(weight.names)))):
+        done(size)
+
+
+@contextmanager
+def found(source: str, base: str | None = None) -> Iterator[Source]:
+    """What `find` finds, in a bucket, too; arrays are read from there.
+
+    Raises:
+        UserError: as `find` does, or nothing lies at an address.
+    """
+    if not pictures.is_ours(source):
+        yield find(source, base)
+        return
+    run, _, inside = source.rstrip("/").partition("/checkpoints/")
+    with pictures.told("SRC"):
+        in_run = Objects(run, "SRC").facts("config.yaml") is not None
+    if in_run:
+        with mirror.picture(run) as folder:
+            yield find(str(folder / "checkpoints" / inside if inside else folder), base)
+        return
+    path = pictures.take(source, "SRC", is_small)
+    try:
+        yield find(str(path), base)
+    except UserError as error:
+        raise UserError(str(error).replace(str(path), source)) from None
 
 
 def find(source: str, base: str | None = None) -> Source:
@@ -106,7 +149,7 @@ def find(source: str, base: str | None = None) -> Source:
         raise UserError(f"no such folder '{source}'; give a run, a checkpoint of a run, or a folder made by convert from-hf")
     if (path / CONVERSION).exists():
         return Source(path / CONVERTED, open_folder(base or source, weights=False), None)
-    if any(path.glob("*.safetensors")):
+    if any(name.endswith(".safetensors") for name in pictures.names(path)):
         raise UserError(f"'{source}' holds safetensors: it is a Hugging Face folder already")
     run, checkpoint = path.absolute().parent.parent.parent, path
     if (path / "checkpoints").is_dir():
@@ -119,7 +162,7 @@ def find(source: str, base: str | None = None) -> Source:
     in_run = (run / "config.yaml").exists()
     if in_run and base is None:
         base = metadata_of(checkpoint).get("base")
-        if base is None or not Path(base).is_dir():
+        if base is None or not (pictures.is_ours(base) or Path(base).is_dir()):
             raise UserError(f"'{source}' was trained from '{base}', which is not there any more; say with --base where that model is")
     if base is None:
         within = next((folder for folder in path.absolute().parents if (folder / "config.yaml").exists() and (folder / "checkpoints").is_dir()), None)
@@ -138,18 +181,19 @@ def check(source: Source) -> Stored:
     expected = {weight.path for weight in weights}
     for fault, paths in (("lacks", expected - stored.paths), ("holds an unknown array", stored.paths - expected)):
         if paths:
-            raise UserError(f"'{source.checkpoint}' {fault} {min(paths)}, by the config.json of '{source.base.path}'; name its own base with --base")
+            raise UserError(f"'{mirror.shown(source.checkpoint)}' {fault} {min(paths)}, by the config.json of '{source.base.name}'; name its own base with --base")
     for weight in weights:
         shape = stored.shape(weight.path)
         if shape != weight.shape:
-            raise UserError(f"'{source.checkpoint}': {weight.path} has shape {shape}, the config.json of '{source.base.path}' says {weight.shape}; name its own base with --base")
+            said = f"the config.json of '{source.base.name}' says {weight.shape}"
+            raise UserError(f"'{mirror.shown(source.checkpoint)}': {weight.path} has shape {shape}, {said}; name its own base with --base")
     return stored
 
 
-def to_hf(source: Source, destination: Path, dtype: str | None = None, progress: Progress = silent, verify: bool = True) -> bool:
+def to_hf(source: Source, destination: Path | str, dtype: str | None = None, progress: Progress = silent, verify: bool = True) -> bool:
     """Write a checkpoint as a Hugging Face folder, in the run's or the base's dtype or this one. False: it is there already.
 
-    A run's checkpoint is first compared with its manifest, unless the caller has done so (`verify`).
+    A destination that is a text is an address in a bucket. A run's checkpoint is first compared with its manifest, unless the caller has done so (`verify`).
 
     Raises:
         UserError: the checkpoint is damaged or not of the base's sizes, a destination that holds something else, a full disk.
@@ -159,7 +203,7 @@ def to_hf(source: Source, destination: Path, dtype: str | None = None, progress:
     texts = added_files(base.path)
     if source.run is not None:
         if verify and (fault := manifest.fault(source.checkpoint)):
-            raise UserError(f"'{source.checkpoint}' is damaged: {fault}; name another checkpoint")
+            raise UserError(f"'{mirror.shown(source.checkpoint)}' is damaged: {fault}; name another checkpoint")
         facts = provenance(source.run, source.checkpoint, base)
         texts |= {CARD: card(facts)}
         dtype = dtype or facts["settings"]["export"]["dtype"]
@@ -167,12 +211,17 @@ def to_hf(source: Source, destination: Path, dtype: str | None = None, progress:
         texts |= {CARD: (base.path / CARD).read_text(encoding="utf-8", errors="replace")}
     tensors = hf_weights.tensors_of(base, stored.read, dtype)
     files = [path for path in source.checkpoint.rglob("*") if path.is_file()]
-    mark = fingerprint([*files, *_texts(base)], texts=texts, dtypes=[(tensor.name, tensor.dtype.name) for tensor in tensors])
+    stamp = {"stamp": stamp} if (stamp := pictures.stamp(source.checkpoint)) else {}
+    mark = fingerprint([*files, *_texts(base)], texts=texts, dtypes=[(tensor.name, tensor.dtype.name) for tensor in tensors], **stamp)
     if _is_there(destination, PROVENANCE, mark):
         return False
     total = _bytes_of(base, dtype)
-    _check_space(destination, total)
     texts |= {PROVENANCE: json.dumps({"source": mark} | facts, indent=1) + "\n"}
+    if isinstance(destination, str):
+        with making(destination, mark) as made:
+            export_to_bucket(tensors, base, made, dtype=dtype, texts=texts, done=progress(total))
+        return True
+    _check_space(destination, total)
     export(tensors, base, destination, dtype=dtype, texts=texts, source=mark, done=progress(total))
     mirror.export(destination)
     return True
@@ -194,9 +243,14 @@ def _texts(folder: Folder) -> list[Path]:
 
 
 def fingerprint(files: Iterable[Path], **facts: object) -> str:
-    """What a conversion is made from, as a hash: of files their name, size and time of change. The 1 counts versions of what we make."""
-    listed = [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(file.absolute() for file in files)]
+    """What a conversion is made from, as a hash: of files their name, size and time of change (of objects their CRC32C). The 1 counts versions of what we make."""
+    listed = [_known(file) for file in sorted(file.absolute() for file in files)]
     return hashlib.sha256(json.dumps([1, listed, facts]).encode()).hexdigest()
+
+
+def _known(file: Path) -> tuple[str, int, object]:
+    """Place, size and age of a file; of a run in a bucket, whose folder here is made for each look, its content instead."""
+    return (mirror.shown(file), file.stat().st_size, crc32c_of(file)) if mirror.of(file) else pictures.facts(file)
 
 
 def _bytes_of(folder: Folder, dtype: str | None) -> int:
@@ -205,8 +259,14 @@ def _bytes_of(folder: Folder, dtype: str | None) -> int:
     return sum(math.prod(weight.each) * dtypes(name).itemsize for weight in hf_weights.weights(folder) for name in weight.names)
 
 
-def _is_there(destination: Path, name: str, source: str) -> bool:
+def _is_there(destination: Path | str, name: str, source: str) -> bool:
     """Whether this source has made the destination; an error where something else has."""
+    if isinstance(destination, str):
+        said = is_made(destination, name)
+        try:
+            return said is not None and bool(json.loads(said)["source"] == source)
+        except (ValueError, KeyError, TypeError):
+            return False
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return False
     try:

@@ -24,7 +24,7 @@ def inspect(name_or_path: str, revision: str | None = None) -> tuple[dict[str, A
         UserError: there is no such model, or its config.json is of an architecture that is not ours.
     """
     folder = open_folder(name_or_path, revision, weights=False)
-    facts: dict[str, Any] = {"model": str(folder.path)} | _architecture(folder)
+    facts: dict[str, Any] = {"model": folder.name} | _architecture(folder)
     fault = None
     for look in (_weights, _tokenizer):
         try:

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from phased_ift_jax import processes
+from phased_ift_jax import pictures, processes
 from phased_ift_jax.config import RunConfig, dump
 from phased_ift_jax.data.batches import batches
 from phased_ift_jax.data.dataset import write_quarantine
@@ -33,7 +33,7 @@ from phased_ift_jax.models.decoder import Params
 from phased_ift_jax.models.hf_folder import open_folder
 from phased_ift_jax.records import Failure, UserError
 from phased_ift_jax.sharding import highest, make_mesh, put
-from phased_ift_jax.training import conversion, mirror
+from phased_ift_jax.training import conversion, goodput, mirror
 from phased_ift_jax.training.checkpoint import Checkpoints, Position, SaveFailed, load_arrays
 from phased_ift_jax.training.held_out import Results, evaluate
 from phased_ift_jax.training.metrics import Books, Rate, check_reporters, peak_flops
@@ -96,14 +96,14 @@ def prepare(config: RunConfig, fresh: bool = False) -> Run:
     """
     processes.agree(lambda: check_output(config, same_settings=not fresh))
     run = processes.together(lambda: _read(config))
+    processes.check_same("model.model_name_or_path: its objects", pictures.stamp(run.folder.path))
     processes.check_same("data.path: its rows, scores or bins", run.dataset.identity)
     return run
 
 
 def _read(config: RunConfig) -> Run:
     check_reporters(config.logging)
-    mesh = make_mesh(config.mesh)
-    seen = survey(config, mesh.shape)
+    seen = survey(config, (mesh := make_mesh(config.mesh)).shape)
     folder = seen.folder
     if config.model.init == "pretrained":  # only now: of a hub model these are many gigabytes
         folder = open_folder(config.model.model_name_or_path, config.model.revision)
@@ -151,10 +151,10 @@ def _hold(run: Run, held: ExitStack) -> None:
 
 
 def _train(run: Run, results: Results, stop: Stop, profile: tuple[int, int] | None, alive: Callable[[], None]) -> None:
-    store = Checkpoints(run.output / "checkpoints", run.dataset.identity, run.config.checkpoint.save_total_limit, run.folder.path)
+    store = Checkpoints(run.output / "checkpoints", run.dataset.identity, run.config.checkpoint.save_total_limit, pictures.shown(run.folder.path.absolute()))
     found = store.newest()
     position = found[0] if found else Position(0, 0, 0, complete=True)
-    processes.agree(lambda: _set_out(run, results, store, found))
+    processes.agree(lambda: _set_out(run, results, store, found, stop.since))
     books = Books(run.output, run.config.logging, (position.phase, position.step), run.config.model_dump(mode="json"), silent=not processes.first())
     try:
         if run.held_out and processes.agree(lambda: "base" not in results):
@@ -165,6 +165,7 @@ def _train(run: Run, results: Results, stop: Stop, profile: tuple[int, int] | No
                 _train_phase(run, phase, run.trainer(phase), state, start, store, books, stop, profile, alive)
                 del state
             _finish_phase(run, phase, store, results)
+        processes.agree(lambda: goodput.note(run.output, "done", time.time()) if goodput.is_running(run.output) else None)
     except BaseException as error:
         try:
             store.wait()
@@ -175,8 +176,8 @@ def _train(run: Run, results: Results, stop: Stop, profile: tuple[int, int] | No
         books.close()
 
 
-def _set_out(run: Run, results: Results, store: Checkpoints, found: tuple[Position, Path] | None) -> None:
-    """Say where the run goes on, put aside what is not part of it any more, and note what it is."""
+def _set_out(run: Run, results: Results, store: Checkpoints, found: tuple[Position, Path] | None, since: float) -> None:
+    """Say where the run goes on, put aside what is not part of it any more, and note what it is, and since when it is at work."""
     if found:
         mirror.restore(found[1])
     started = [phase for phase in run.plan.phases if phase.phase.folder in results or (run.output / "hf" / phase.phase.folder).exists()]
@@ -196,6 +197,8 @@ def _set_out(run: Run, results: Results, store: Checkpoints, found: tuple[Positi
     write_whole(run.output / "config.yaml", dump(run.config))
     write_whole(run.output / "plan.json", json.dumps({"phases": [_outline(phase) for phase in run.plan.phases]}, indent=1) + "\n")
     write_quarantine(run.dataset.quarantined, run.output / "quarantine.jsonl")
+    if not found or any(not _is_done(phase, found[0]) or any(_what_is_missing(run, phase, results, run.output / "hf" / phase.phase.folder)) for phase in run.plan.phases):
+        goodput.note(run.output, "start", since)
 
 
 def _is_done(phase: PhasePlan, position: Position) -> bool:

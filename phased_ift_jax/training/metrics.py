@@ -1,4 +1,4 @@
-"""What a run says of itself while it runs: metrics.jsonl, trained_ids.jsonl, TensorBoard, W&B, and the rate of its steps."""
+"""What a run says of itself while it runs: metrics.jsonl, trained_ids.jsonl, seconds.jsonl, TensorBoard, W&B, and the rate of its steps."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from phased_ift_jax.records import UserError
 if TYPE_CHECKING:
     import jax
 
+SECONDS = "seconds.jsonl"
 # peak bf16 FLOP/s of one chip, from the makers' data sheets
 PEAK_FLOPS = {
     "TPU v4": 275e12,
@@ -81,14 +82,15 @@ class Ledger:
 
 
 class Books:
-    """What a run writes of each step: `trained_ids.jsonl`, the rows of every step; `metrics.jsonl`, a line a logged step; TensorBoard, W&B.
+    """What a run writes of each step: `trained_ids.jsonl`, the rows of every step; `seconds.jsonl`, its time; `metrics.jsonl`, a line a logged step;
+    TensorBoard, W&B.
 
     Where several processes train, one keeps them: the others' are `silent`.
     """
 
     def __init__(self, folder: Path, config: LoggingConfig, resume_after: tuple[int, int], settings: dict[str, Any], silent: bool = False) -> None:
         self._every = config.logging_steps
-        self._ledgers = [] if silent else [Ledger(folder / name, resume_after) for name in ("metrics.jsonl", "trained_ids.jsonl")]
+        self._ledgers = [] if silent else [Ledger(folder / name, resume_after) for name in ("metrics.jsonl", "trained_ids.jsonl", SECONDS)]
         self._tensorboard = self._wandb = None
         if silent:
             return
@@ -100,8 +102,9 @@ class Books:
         """Note a step: its rows always, its numbers if it is one of every `logging_steps` or the phase's `last`."""
         if not self._ledgers:
             return
-        metrics, trained = self._ledgers
+        metrics, trained, seconds = self._ledgers
         trained.write({name: line[name] for name in ("phase", "phase_index", "step")} | {"ids": ids})
+        seconds.write({name: line[name] for name in ("phase_index", "step", "seconds")})
         if line["step"] % self._every and not last:
             return
         metrics.write(line)

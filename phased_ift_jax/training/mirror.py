@@ -15,13 +15,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from phased_ift_jax import pictures
 from phased_ift_jax.files import LOCK, write_whole
-from phased_ift_jax.object_store import SCHEME, Facts, Lease, Objects, StoreError, split, work_folder
+from phased_ift_jax.lease import Lease
+from phased_ift_jax.object_store import SCHEME, Facts, Objects, StoreError, split, work_folder
 from phased_ift_jax.records import Failure, UserError
 
 MANIFEST = "manifest.json"
 LEDGERS = "ledgers"
-LEDGER_FILES = ("config.yaml", "plan.json", "metrics.jsonl", "trained_ids.jsonl", "forgetting.json", "quarantine.jsonl", "nonfinite.json", "wandb_run_id")
+SINCE = ("forgetting.json", "starts.jsonl")  # what was noted there since a checkpoint stays when it is gone on from
+LEDGER_FILES = ("config.yaml", "plan.json", "metrics.jsonl", "trained_ids.jsonl", "seconds.jsonl", "quarantine.jsonl", "nonfinite.json", "wandb_run_id", *SINCE)
 SNAPSHOT = ".snapshot"
 NEWEST = "newest_checkpoint"
 CHECKPOINT = re.compile(r"(checkpoints/[^/]+/[0-9]+)/(.+)")
@@ -52,7 +55,7 @@ def of(path: Path) -> Mirror | None:
 def shown(path: Path) -> str:
     """A path as the user knows it."""
     mirror = of(path)
-    return str(path) if mirror is None else str(path).replace(str(mirror.folder), mirror.objects.address)
+    return pictures.shown(path) if mirror is None else str(path).replace(str(mirror.folder), mirror.objects.address)
 
 
 @contextmanager
@@ -128,15 +131,13 @@ class Mirror:
         """Bring in the ledgers as they were with a checkpoint. What was measured since then is of weights that were saved, and stays."""
         names = (name for name in self.contents(checkpoint) if name.startswith(f"{LEDGERS}/"))
         files = {name: self.folder / name.removeprefix(f"{LEDGERS}/") for name in names}
-        self.objects.download((f"{self._name(checkpoint)}/{name}", path) for name, path in files.items() if path.name != "forgetting.json" or not path.exists())
+        self.objects.download((f"{self._name(checkpoint)}/{name}", path) for name, path in files.items() if path.name not in SINCE or not path.exists())
 
     def begin(self, checkpoint: Path) -> str:
         """Get ready for a save, and return the address for its arrays: what lies there goes, and the ledgers are kept as they are now."""
         if self.lease is not None:
             self.lease.confirm()
-            if not self._announced:  # what tells a run that was killed in its first save from something else
-                self.objects.upload([("config.yaml", self.folder / "config.yaml")])
-                self._announced = True
+            self._announce()
             self._clear(checkpoint)
             for path in self._ledgers():
                 kept = self.folder / SNAPSHOT / path.relative_to(self.folder)
@@ -200,6 +201,18 @@ class Mirror:
         """Upload what lies at the top of the folder as it is now, for whoever looks; a start goes by the checkpoints."""
         self.objects.upload((path.name, path) for path in self._ledgers() if path.parent == self.folder)
 
+    def show(self, path: Path) -> None:
+        """Upload one of these files now: what it says is not to be lost with this machine."""
+        self._confirm()
+        self._announce()
+        self.objects.upload([(path.name, path)])
+
+    def _announce(self) -> None:
+        """What tells a run that was killed before its first checkpoint from something else."""
+        if not self._announced:
+            self.objects.upload([("config.yaml", self.folder / "config.yaml")])
+            self._announced = True
+
     def close(self) -> None:
         """The last word of a run that ends, however it does, and the lease is another's."""
         assert self.lease is not None
@@ -254,6 +267,12 @@ def restore(checkpoint: Path) -> None:
     """Bring the ledgers of a run back to what they were with a checkpoint; on a disk they lie where they were."""
     if mirror := of(checkpoint):
         mirror.restore(checkpoint)
+
+
+def show(path: Path) -> None:
+    """Let a bucket have a file of the run at once; on a disk it is there."""
+    if mirror := of(path):
+        mirror.show(path.absolute())
 
 
 def export(folder: Path) -> None:

@@ -12,7 +12,8 @@ import yaml
 
 from phased_ift_jax.config import RunConfig, load
 from phased_ift_jax.files import LOCK, holder_of, sole_writer
-from phased_ift_jax.object_store import LEASE, Objects, StoreError, is_address, refusal, whoami
+from phased_ift_jax.lease import LEASE, refusal, whoami
+from phased_ift_jax.object_store import Objects, StoreError, is_address
 from phased_ift_jax.records import UserError
 
 

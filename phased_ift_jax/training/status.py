@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from phased_ift_jax.files import holder_of
-from phased_ift_jax.object_store import Objects, holder
+from phased_ift_jax.lease import holder
+from phased_ift_jax.object_store import Objects
 from phased_ift_jax.records import UserError
 from phased_ift_jax.training import manifest, mirror
+from phased_ift_jax.training.goodput import goodput
 from phased_ift_jax.training.metrics import whole_lines
 
 RECENT = 50  # steps whose median time tells what a step takes: compilations are among them, and count little
@@ -39,10 +41,11 @@ def status(run: Path, verify: bool = False) -> dict[str, Any]:
     evaluated = {row["after"] for row in _forgetting(run)}
     done = [_done(phase, newest) for phase in phases]
     seconds = statistics.median([line["seconds"] for line in lines[-RECENT:]]) if lines else None
+    at_work = holder_of(run)
     left = sum(phase["steps"] - steps for phase, steps in zip(phases, done, strict=True))
     return {
         "run": str(run),
-        "at_work": holder_of(run),
+        "at_work": at_work,
         "phases": [
             phase | {"done": steps, "evaluated": phase["folder"] in evaluated, "exported": (run / "hf" / phase["folder"]).is_dir()}
             for phase, steps in zip(phases, done, strict=True)
@@ -50,6 +53,8 @@ def status(run: Path, verify: bool = False) -> dict[str, Any]:
         "checkpoint": str(newest[2]) if newest else None,
         "last_step": {name: lines[-1].get(name) for name in ("phase", "step", "loss", "seconds")} if lines else None,
         "skipped": sum(bool(line.get("skipped")) for line in lines),
+        # of steps that no checkpoint holds only a process at work knows that they will count
+        "goodput": goodput(run, (len(phases) + 1, 0) if at_work else newest[:2] if newest else (0, 0)),
         "seconds_left": None if seconds is None else seconds * left,
         "next_start": _next(phases, done, newest, run) if newest or not damaged else "finds no whole checkpoint, and refuses",
         "damaged": damaged,

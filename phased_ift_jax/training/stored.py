@@ -16,6 +16,7 @@ import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
+from phased_ift_jax import pictures
 from phased_ift_jax.object_store import split
 from phased_ift_jax.records import UserError
 from phased_ift_jax.training import mirror
@@ -39,11 +40,19 @@ def saving_options() -> ocp.Context:
 def place_of(checkpoint: Path, begin: bool = False) -> Any:
     """Where orbax writes (after `begin`) and reads a checkpoint: its folder, or the bucket that it is mirrored from."""
     bucket = mirror.of(checkpoint)
-    if bucket is None:
+    address = bucket.begin(checkpoint) if bucket and begin else address_of(checkpoint)
+    if address is None:
         return checkpoint.absolute()
     from phased_ift_jax.training.gs_path import GsPath
 
-    return GsPath(bucket.begin(checkpoint) if begin else bucket.address(checkpoint))
+    return GsPath(address)
+
+
+def address_of(path: Path) -> str | None:
+    """Where in a bucket the arrays lie of which a folder of this machine shows the rest; None where they lie there, too."""
+    if bucket := mirror.of(path):
+        return bucket.address(path)
+    return pictures.shown(path) if pictures.of(path) else None
 
 
 class Stored:
@@ -55,7 +64,7 @@ class Stored:
         self._opened: dict[str, ts.TensorStore] = {}
         found = sorted(checkpoint.glob("*/_METADATA"))
         if len(found) != 1 or not (checkpoint / COMMITTED).exists():
-            raise UserError(f"'{checkpoint}' is not a whole orbax checkpoint; name a folder such as RUN/checkpoints/3-hard/1200")
+            raise UserError(f"'{mirror.shown(checkpoint)}' is not a whole orbax checkpoint; name a folder such as RUN/checkpoints/3-hard/1200")
         self.folder = found[0].parent
         try:
             metadata = json.loads(found[0].read_text(encoding="utf-8"))
@@ -64,7 +73,7 @@ class Stored:
             keys = [[key["key"] for key in entry["key_metadata"]] for entry in metadata["tree_metadata"].values()]
             self.paths = {"/".join(parts) for first, *parts in keys if first == "params"}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"'{checkpoint}' is damaged: '{found[0]}' cannot be read; name another checkpoint") from None
+            raise UserError(f"'{mirror.shown(checkpoint)}' is damaged: '{found[0]}' cannot be read; name another checkpoint") from None
 
     def shape(self, path: str) -> tuple[int, ...]:
         """The shape of an array; raises `UserError` where it is damaged."""
@@ -80,7 +89,7 @@ class Stored:
     def has(self, path: str, layer: int, rank: int) -> bool:
         """Whether `create`'s array holds this layer: tensorstore writes a chunk aside and renames it, so that one that is there is whole."""
         folder = self.folder / self._name(path)
-        return (folder / ".zarray").exists() and (folder / ".".join([str(layer)] + ["0"] * (rank - 1))).exists()
+        return pictures.exists(folder / ".zarray") and pictures.exists(folder / ".".join([str(layer)] + ["0"] * (rank - 1)))
 
     def create(self, path: str, shape: tuple[int, ...], dtype: np.dtype, stacked: bool) -> ts.TensorStore:
         """An array to be written, with a chunk for each layer where layers are stacked; one that is there already is kept."""
@@ -106,13 +115,13 @@ class Stored:
         try:
             yield
         except (ValueError, OSError, RuntimeError) as error:  # tensorstore's, of several hundred characters
-            raise UserError(f"'{self.checkpoint}' is damaged: {path} cannot be read ({' '.join(str(error).split())[:120]}...); name another checkpoint") from None
+            raise UserError(f"'{mirror.shown(self.checkpoint)}' is damaged: {path} cannot be read ({' '.join(str(error).split())[:120]}...); name another checkpoint") from None
 
     def _spec(self, path: str) -> dict[str, Any]:
         name = self._name(path) + "/"
         base = {"driver": "file", "path": f"{self.folder}/"}
-        if bucket := mirror.of(self.folder):
-            base = dict(zip(("driver", "bucket", "path"), ("gcs", *split(bucket.address(self.folder))), strict=True))
+        if address := address_of(self.folder):
+            base = dict(zip(("driver", "bucket", "path"), ("gcs", *split(address)), strict=True))
             base["path"] += "/"
         if self._in_ocdbt:
             return {"driver": self._driver, "kvstore": {"driver": "ocdbt", "base": base, "path": name}}

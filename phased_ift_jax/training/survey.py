@@ -68,7 +68,7 @@ def describe(run: Survey, device: str, platform: str | None = None) -> str:
     ledger = plan.ledger()
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh_sizes.items())
     lines = [
-        f"model   {run.folder.path} ({run.config.model.init}), {run.config.model.dtype} over {run.config.model.param_dtype}, attention {run.attention(platform)}"
+        f"model   {run.folder.name} ({run.config.model.init}), {run.config.model.dtype} over {run.config.model.param_dtype}, attention {run.attention(platform)}"
         + (", deterministic" if run.config.training.deterministic else ""),
         f"mesh    {mesh} on {device}",
         f"data    {data.rows_read} rows read = {data.rows_read - len(data.quarantined) - truncated} used whole + {truncated} truncated + {len(data.quarantined)} quarantined"
