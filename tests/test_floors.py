@@ -18,7 +18,7 @@ PACKAGE = ROOT / "phased_ift_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOOR = dict.fromkeys(
     (
-        *("compilation_cache", "config", "interrupts", "processes", "files", "foreign_keys", "lease", "making", "object_store", "pictures"),
+        *("chips", "compilation_cache", "config", "interrupts", "processes", "files", "foreign_keys", "lease", "making", "object_store", "pictures"),
         *("records", "sharding", "cli", "xla_flags"),
     ),
     0,

@@ -36,10 +36,10 @@ from phased_ift_jax.sharding import highest, make_mesh, put
 from phased_ift_jax.training import conversion, goodput, mirror
 from phased_ift_jax.training.checkpoint import Checkpoints, Position, SaveFailed, load_arrays
 from phased_ift_jax.training.held_out import Results, evaluate
-from phased_ift_jax.training.metrics import Books, Rate, check_reporters, peak_flops
+from phased_ift_jax.training.metrics import Books, Rate, check_reporters
 from phased_ift_jax.training.output import check_output
 from phased_ift_jax.training.plan import PhasePlan, attended_pairs
-from phased_ift_jax.training.step import BATCH_DIMS, Trainer, TrainState
+from phased_ift_jax.training.step import BATCH_DIMS, Trainer, TrainState, trainer_of
 from phased_ift_jax.training.survey import Survey, survey
 
 
@@ -66,11 +66,7 @@ class Run(Survey):
     def trainer(self, phase: PhasePlan) -> Trainer:
         """One trainer, and so one compilation, for all phases whose optimizer is the same."""
         optimizer = phase.training.model_dump(include={"optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "on_nonfinite"})
-        model = self.config.model
-        return self.trainers.setdefault(
-            str(optimizer),
-            Trainer(self.plan.model, phase.training, self.mesh, model.param_dtype, model.dtype, model.gradient_checkpointing, model.attn_implementation),
-        )
+        return self.trainers.setdefault(str(optimizer), trainer_of(self.config.model, self.plan.model, phase.training, self.mesh))
 
     def base_params(self) -> Params:
         """The weights that training starts from, sharded as they are made or read."""
@@ -257,7 +253,7 @@ def _train_phase(
         # now, when nothing is unsaved: a request to stop need not wait for a compilation
         trainer.compile_step(phase.shapes.rows, length, phase.training.gradient_accumulation_steps)
         alive()
-    rate, saved_at, saved_step = Rate(peak_flops(list(run.mesh.devices.flat))), time.monotonic(), start
+    rate, saved_at, saved_step = Rate(run.mesh.devices.flat[0].device_kind, run.mesh.size), time.monotonic(), start
     source = batches(steps, start, run.dataset.examples, phase.shapes, phase.training.gradient_accumulation_steps)
     pending: tuple[dict[str, Any], dict[str, jax.Array], jax.Array | None] | None = None
     wanted = [False, False]  # to stop, to save; of several processes, all see it after the same step: the one before, so that none waits for it

@@ -9,29 +9,14 @@ import os
 import time
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from phased_ift_jax.chips import peak_flops
 from phased_ift_jax.config import LoggingConfig
 from phased_ift_jax.files import write_whole
 from phased_ift_jax.records import UserError
 
-if TYPE_CHECKING:
-    import jax
-
 SECONDS = "seconds.jsonl"
-# peak bf16 FLOP/s of one chip, from the makers' data sheets
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
 
 def check_reporters(config: LoggingConfig) -> None:
@@ -43,13 +28,6 @@ def check_reporters(config: LoggingConfig) -> None:
     for name, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
         if name in config.report_to and importlib.util.find_spec(package) is None:
             raise UserError(f"logging.report_to: {name} needs `pip install {package}`")
-
-
-def peak_flops(devices: list[jax.Device]) -> float | None:
-    """Peak FLOP/s of these devices together, or None where the chip is not in the table."""
-    kind = devices[0].device_kind
-    name = max((name for name in PEAK_FLOPS if kind.startswith(name)), key=len, default=None)
-    return PEAK_FLOPS[name] * len(devices) if name else None
 
 
 class Ledger:
@@ -134,8 +112,8 @@ class Books:
 class Rate:
     """Tokens and FLOPs per second since the last look; what was compiled before the first step is not in it."""
 
-    def __init__(self, peak: float | None) -> None:
-        self._peak = peak
+    def __init__(self, kind: str, devices: int) -> None:
+        self._peak = peak_flops(kind, devices)
         self._since = time.perf_counter()
 
     def lap(self, tokens: int, flops: float) -> dict[str, float]:

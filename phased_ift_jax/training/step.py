@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from phased_ift_jax.config import TrainingConfig
+from phased_ift_jax.config import ModelConfig, TrainingConfig
 from phased_ift_jax.models.decoder import Compute, DecoderConfig, Params, init_params, parameter_dims, parameter_shapes
 from phased_ift_jax.records import PackedBatch
 from phased_ift_jax.sharding import replicated, spec, tree_shardings
@@ -105,11 +105,15 @@ class Trainer:
 
     def compile_step(self, rows: int, length: int, parts: int) -> None:
         """Compile `step` for batches of `rows` rows of `length` tokens, computed in so many parts; a call with such a batch compiles nothing then."""
+        self.lower_step(rows, length, parts).compile()
+
+    def lower_step(self, rows: int, length: int, parts: int) -> jax.stages.Lowered:
+        """`step` for such batches, ready to be compiled for the mesh's devices, which need not be there."""
         state = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), self.shapes, self.shardings)
         shape = (parts, rows // parts, length)
         sharding = NamedSharding(self.mesh, spec(BATCH_DIMS, shape, self.mesh))
         ids, weights = (jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in (jnp.int32, jnp.float32))
-        self.step.lower(state, PackedBatch(ids, ids, weights, ids, ids), jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(self.mesh))).compile()
+        return self.step.lower(state, PackedBatch(ids, ids, weights, ids, ids), jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(self.mesh)))
 
     @cached_property
     def evaluate(self) -> Callable[[Params, PackedBatch], tuple[jax.Array, jax.Array]]:
@@ -142,3 +146,8 @@ class Trainer:
         wide = partial(jnp.promote_types, jnp.float32)  # parts are added up in no less, whatever each is in
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p.dtype)), params)
         return jax.lax.scan(add, (jnp.zeros((), wide(self.dtype)), zeros), batch)[0]
+
+
+def trainer_of(model: ModelConfig, sizes: DecoderConfig, training: TrainingConfig, mesh: Mesh) -> Trainer:
+    """The trainer of a run's model settings, of a model of these sizes."""
+    return Trainer(sizes, training, mesh, model.param_dtype, model.dtype, model.gradient_checkpointing, model.attn_implementation)
