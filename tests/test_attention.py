@@ -175,7 +175,8 @@ def tiny(gradient_checkpointing: str, attn_implementation: str):
     tokens = jnp.asarray(rng.integers(0, TINY.vocab_size, (2, 72)))
     segments = jnp.asarray(np.repeat([[1, 2, 0], [1, 2, 3]], [40, 25, 7], axis=1))
     positions = jnp.asarray(np.concatenate([np.arange(n) for n in (40, 25, 7)])[None].repeat(2, 0))
-    return lambda params: jnp.sum(decoder.hidden_states(TINY, params, tokens, segments, positions, gradient_checkpointing, attn_implementation) ** 2)
+    compute = decoder.Compute(None, gradient_checkpointing, attn_implementation)
+    return lambda params: jnp.sum(decoder.hidden_states(TINY, params, tokens, segments, positions, compute) ** 2)
 
 
 def calls(jaxpr) -> int:
@@ -288,8 +289,10 @@ import re
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from phased_ift_jax.config import MeshConfig
 from phased_ift_jax.models import decoder
 from phased_ift_jax.models.attention import kernel
+from phased_ift_jax.sharding import make_mesh
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 mesh = Mesh(np.array(devices).reshape(2, 2), ("rows", "heads"))
 heads, rows = PartitionSpec("rows", None, "heads"), PartitionSpec("rows")
@@ -304,11 +307,13 @@ for T, window, widths in ((2048, 1000, (64, 96, 128)), (576, 100, (64, 96, 128, 
         text = gradient.lower(q, k, v, whole((2, T), rows, jnp.int32)).compile().as_text()
         print("KERNELS", T, H, *kernels(text))
 config = decoder.DecoderConfig(vocab_size=256, hidden_size=256, intermediate_size=256, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=64)
-alone = NamedSharding(Mesh(np.array(devices[:1]), ("one",)), PartitionSpec())
+one = make_mesh(MeshConfig(), devices[:1])
+alone = NamedSharding(one, PartitionSpec())
 params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=alone), decoder.parameter_shapes(config, jnp.bfloat16))
 ids = jax.ShapeDtypeStruct((2, 256), jnp.int32, sharding=alone)
 for kept in ("none", "save_attention", "full"):
-    states = lambda params, ids: jnp.sum(decoder.hidden_states(config, params, ids, ids, ids, kept, "auto", "tpu").astype(jnp.float32))
+    compute = decoder.Compute(None, kept, "auto", one)
+    states = lambda params, ids: jnp.sum(decoder.hidden_states(config, params, ids, ids, ids, compute).astype(jnp.float32))
     print("KERNELS", kept, *kernels(jax.jit(jax.grad(states)).lower(params, ids).compile().as_text()))
 """
 
