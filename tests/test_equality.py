@@ -193,6 +193,43 @@ def test_evaluation_is_the_training_loss() -> None:
     assert abs(float(total) / float(count) - reference("float64")[0]) <= 1e-10
 
 
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("dims", ["DV", "VD"])
+@pytest.mark.parametrize(("T", "chunk"), [(30, 1024), (30, 24), (31, 24)])
+def test_the_gradient_that_the_loss_makes_is_the_plain_formulas(
+    T: int, chunk: int, dims: str, sizes: tuple[int, int, int] | None, measured: Callable[[str, float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law: what `cross_entropy` gives as its gradient, scaled, is what JAX derives from sum(weight * -log softmax(scores)[target]): with a
+    head of its own or the embedding's, whole or in chunks (of one position where T is prime), three rows on devices that share four."""
+    monkeypatch.setattr(loss_module, "CHUNK", chunk)
+    B, D, V = 3, 6, 11
+    assert (loss_module.chunks_of(T, B) > 1) == (chunk < 1024)
+    rng = np.random.default_rng(T)
+    hidden_BTD, head_DV = rng.standard_normal((B, T, D)), rng.standard_normal((D, V))
+    targets_BT, weights_BT = rng.integers(0, V, (B, T)), rng.random((B, T)) * (rng.random((B, T)) < 0.7)
+
+    def plain(hidden_BTD: jax.Array, head: jax.Array) -> jax.Array:
+        scores_BTV = jnp.einsum(f"BTD,{dims}->BTV", hidden_BTD, head)
+        return 0.3 * jnp.sum(weights_BT * -jnp.take_along_axis(jax.nn.log_softmax(scores_BTV), targets_BT[..., None], -1)[..., 0])
+
+    def ours(hidden_BTD: jax.Array, head: jax.Array) -> jax.Array:
+        total = loss_module.cross_entropy(hidden_BTD, head, jnp.asarray(targets_BT, jnp.int32), jnp.asarray(weights_BT, jnp.float32), dims, sizes and mesh_of(sizes))
+        return jnp.asarray(0.3, total.dtype) * total
+
+    weights_BT = weights_BT.astype(np.float32).astype(np.float64)
+    inputs = (hidden_BTD, head_DV if dims == "DV" else head_DV.T)
+    expected_loss, expected = jax.value_and_grad(plain, (0, 1))(*inputs)
+    for dtype, bound in (("float64", 1e-10), ("float32", 1e-5)):
+        narrow = [jnp.asarray(array, dtype) for array in inputs]
+        loss, gradients = jax.jit(jax.value_and_grad(ours, (0, 1)))(*narrow)
+        assert [gradient.dtype for gradient in gradients] == [dtype, dtype]
+        worst = max(float(np.linalg.norm(got - want) / np.linalg.norm(want)) for got, want in zip(gradients, expected, strict=True))
+        measured(f"cross_entropy's own gradient in {dtype}, ||dg|| / ||g|| (<= {bound:g})", worst)
+        assert worst <= bound
+        assert abs(float(loss) - float(expected_loss)) <= bound * float(expected_loss)
+        assert abs(float(jax.jit(ours)(*narrow)) - float(loss)) <= bound * float(loss), "with or without a gradient"
+
+
 # --- who sees whom -------------------------------------------------------------------------------------------------------------
 
 
