@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from phased_ift_jax import config as config_module
 from phased_ift_jax import interrupts, xla_flags
 from phased_ift_jax.data import readers
+from phased_ift_jax.data.packing import Shapes, pack
 from phased_ift_jax.evaluation.forgetting import ForgettingMatrix
 from phased_ift_jax.models import hf_folder
-from phased_ift_jax.records import UserError
-from phased_ift_jax.sharding import put
+from phased_ift_jax.records import PackedBatch, UserError
+from phased_ift_jax.sharding import make_mesh, put
 from phased_ift_jax.train import Results
 from phased_ift_jax.training import held_out, loop
 from phased_ift_jax.training.checkpoint import Checkpoints
+from phased_ift_jax.training.step import Trainer
 from phased_ift_jax.training.survey import describe
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
@@ -151,6 +158,8 @@ OWN_TEST = {
     "logging.run_name",
     "logging.hang_minutes",
     "training.deterministic",
+    "training.adam_mu_dtype",
+    "training.gradient_dtype",
     "export.after_each_phase",
     "export.dtype",
     "export.data_license",
@@ -238,6 +247,69 @@ def test_deterministic(monkeypatch, given, after):
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=false")
     with pytest.raises(UserError, match=r"training\.deterministic: XLA_FLAGS has --xla_gpu_deterministic_ops=false; take it out"):
         xla_flags.set_flags(deterministic=True)
+
+
+@pytest.fixture
+def trained_with(base) -> Iterator[Callable[..., tuple[Trainer, PackedBatch, dict]]]:
+    """A trainer on one device, compiled quickly, a batch in so many parts, and weights that bfloat16 holds exactly."""
+    jax.config.update("jax_disable_most_optimizations", True)
+
+    def make(parts: int, **training: object) -> tuple[Trainer, PackedBatch, dict]:
+        config = changed(base, {f"training.{key}": value for key, value in training.items()} | {"training.global_batch_size": 32})
+        run = loop.prepare(config)
+        phase = run.plan.phases[0]
+        trainer = dataclasses.replace(run.trainer(phase), mesh=make_mesh(config_module.MeshConfig(), jax.devices()[:1]))
+        batch = pack([run.dataset.examples[row] for row in phase.steps[0]], Shapes(parts, (64,)), parts)
+        return trainer, batch, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), trainer.init_params(0))
+
+    yield make
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_adam_mu_dtype(trained_with):
+    """Law: the first moment alone is held in it, rounded after its use: the first step's weights are the same."""
+    found = {}
+    for dtype in (None, "bfloat16"):
+        trainer, batch, params = trained_with(1, adam_mu_dtype=dtype)
+        state, _ = trainer.step(trainer.fresh(params), put(batch, "ABT", trainer.mesh), np.float32(1e-3))
+        [found[dtype]] = [(part.mu, part.nu, state.params) for part in state.opt_state if isinstance(part, optax.ScaleByAdamState)]
+    dtypes = [{leaf.dtype.name for leaf in jax.tree.leaves(tree)} for tree in found["bfloat16"]]
+    assert dtypes == [{"bfloat16"}, {"float32"}, {"float32"}]
+    for (mu, *rest), (narrow_mu, *narrow_rest) in zip(*(zip(*map(jax.tree.leaves, found[dtype]), strict=True) for dtype in (None, "bfloat16")), strict=True):
+        np.testing.assert_allclose(narrow_mu.astype(np.float32), mu, rtol=2**-8, atol=1e-12)
+        for wide, narrow in zip(rest, narrow_rest, strict=True):
+            np.testing.assert_allclose(narrow, wide, rtol=1e-6, atol=1e-12)
+
+
+def test_gradient_dtype(trained_with):
+    """Law: each part's gradient is rounded to it, and the parts are added up in float32: off by at most half a unit of bfloat16's last
+    place of each part's share. The embedding's, in which the occurrences of a token are added up, stays wide, and so does the state."""
+    trainer, batch, params = trained_with(8, gradient_dtype="bfloat16")
+    wide_trainer, *_ = trained_with(8)
+    loss, gradients = trainer.loss_and_gradients(params, put(batch, "ABT", trainer.mesh))
+    wide_loss, wide = wide_trainer.loss_and_gradients(params, put(batch, "ABT", trainer.mesh))
+    np.testing.assert_allclose(loss, wide_loss, rtol=1e-6)
+    shares = jax.tree.map(np.zeros_like, wide)
+    for part in range(8):
+        alone = jax.tree.map(lambda array, part=part: array[part : part + 1], batch)
+        share = alone.weights_BT.sum() / batch.weights_BT.sum()
+        gradient = wide_trainer.loss_and_gradients(params, put(alone, "ABT", trainer.mesh))[1]
+        shares = jax.tree.map(lambda total, more, share=share: total + np.abs(np.asarray(more) * share), shares, gradient)
+    for (path, got), want, share in zip(jax.tree.leaves_with_path(gradients), jax.tree.leaves(wide), jax.tree.leaves(shares), strict=True):
+        assert got.dtype == jnp.float32
+        off, name = np.abs(np.asarray(got) - np.asarray(want)), jax.tree_util.keystr(path)
+        half = 0 if "embed" in name else 2**-8
+        assert (off <= half * share + 1e-6 * share.max()).all(), name
+        assert (off.max() > 1e-5 * share.max()) == bool(half), name
+    one = jax.eval_shape(trainer.loss_and_gradients, params, jax.tree.map(lambda array: array[:1], batch))[1]
+    assert {(name == "embed", leaf.dtype.name) for name, leaves in one.items() for leaf in jax.tree.leaves(leaves)} == {(True, "float32"), (False, "bfloat16")}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(trainer.shapes)} == {"float32", "int32"}
+
+
+@pytest.mark.parametrize(("key", "value"), [("adam_mu_dtype", "bfloat16"), ("gradient_dtype", "bfloat16"), ("deterministic", True)])
+def test_what_holds_for_a_whole_run_no_phase_may_change(base, key, value):
+    with pytest.raises(ValueError, match=f"phase 'odd': {key} holds for a whole run; set training.{key}"):
+        changed(base, {"curriculum.phases": [{"name": "odd", "bins": [1], key: value}]})
 
 
 def test_xla_knows_the_flags_it_is_told():

@@ -80,7 +80,7 @@ class Trainer:
 
     @cached_property
     def loss_and_gradients(self) -> Callable[[Params, PackedBatch], tuple[jax.Array, Params]]:
-        """Mean loss of a batch (A, B, T) and its gradients, each under its parameter's sharding and in `gradient_dtype`."""
+        """Mean loss of a batch (A, B, T) and its gradients, each under its parameter's sharding and, but for the embedding's, in `gradient_dtype`."""
         return jax.jit(self._loss_and_gradients, out_shardings=(replicated(self.mesh), self.shardings.params))
 
     @cached_property
@@ -127,8 +127,8 @@ class Trainer:
 
     def _loss_and_gradients(self, params: Params, batch: PackedBatch) -> tuple[jax.Array, Params]:
         trained = jnp.maximum(jnp.sum(batch.weights_BT), 1.0)
-        if self.training.gradient_dtype:  # gradients have the dtype of what they are gradients of
-            params = jax.tree.map(lambda p: p.astype(self.training.gradient_dtype), params)
+        if self.training.gradient_dtype:  # gradients have the dtype of what they are gradients of; in the embedding's a token's occurrences are added up
+            params = jax.tree.map(lambda p: p.astype(self.training.gradient_dtype), params) | {"embed": params["embed"]}
 
         def part_loss(params: Params, part: PackedBatch) -> jax.Array:
             total = summed_loss(self.model, params, part, self.compute)
