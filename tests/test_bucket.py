@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,8 @@ from pathlib import Path
 
 import fake_gcs
 import pytest
-from test_run import ROOT, Crash, assert_same_result, crash_in_step, final_weights, make_config, metrics, rows, train, undisturbed  # noqa: F401
+from test_processes import Pod
+from test_run import Crash, assert_same_result, crash_in_step, final_weights, make_config, metrics, rows, train, undisturbed  # noqa: F401
 
 from phased_ift_jax import cli, lease, object_store
 from phased_ift_jax import status as status_verb
@@ -344,33 +344,22 @@ def test_a_renewal_that_finds_another_stops_the_run_at_the_next_step(gcs, rows, 
     assert len(steps) <= 6
 
 
-def two(config, tmp_path: Path, machines: str) -> list[subprocess.Popen]:
-    """The same command on two hosts, each with a disk of its own."""
-    (tmp_path / "run.yaml").write_text(dump(config))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    where = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    command = [sys.executable, "-m", "phased_ift_jax.train", str(tmp_path / "run.yaml")]
-    with open(tmp_path / "log", "a") as log:
-        return [
-            subprocess.Popen(command, env=os.environ | where | {"JAX_PROCESS_ID": str(i), "PHASED_IFT_WORK": str(tmp_path / f"{machines}{i}")}, stdout=log, stderr=log, cwd=ROOT)
-            for i in range(2)
-        ]
-
-
 def test_two_processes_train_into_a_bucket(gcs, rows, tmp_path):  # noqa: F811
     """Killed and started again on two machines that know nothing of it: what two processes make on a disk, to the last bit."""
-    config = make_config(rows, ADDRESS, checkpoint__save_steps=2)
-    killed = two(config, tmp_path, "first")
-    while len([name for name in gcs.objects() if name.endswith("manifest.json")]) < 2 and all(process.poll() is None for process in killed):
-        time.sleep(0.05)
-    for process in killed:
-        process.kill()
-        process.wait()
-    assert [process.wait(240) for process in two(config, tmp_path, "second")] == [0, 0], (tmp_path / "log").read_text()
-    assert f"going on from {ADDRESS}/checkpoints/1-easy/" in (tmp_path / "log").read_text()
-    assert [process.wait(240) for process in two(make_config(rows, tmp_path / "disk/run"), tmp_path, "none")] == [0, 0], (tmp_path / "log").read_text()
+
+    def pod(name: str, output: str | Path, cache: Path | None) -> Pod:
+        machines = tuple({"PHASED_IFT_WORK": str(tmp_path / name / f"machine{index}")} for index in range(2))
+        return Pod(tmp_path / name, make_config(rows, output, checkpoint__save_steps=2), cache, surroundings=machines)
+
+    killed = pod("first", ADDRESS, None)  # what it compiles lies in the bucket, too
+    killed.wait_for(lambda: len([name for name in gcs.objects() if name.endswith("manifest.json")]) >= 2)
+    for member in killed.members:
+        member.kill()
+        member.wait()
+    for name, output in (("second", ADDRESS), ("third", tmp_path / "disk/run")):
+        again = pod(name, output, tmp_path / "compiled")
+        assert again.codes() == [0, 0], [log.read_text()[-3000:] for log in again.logs]
+    assert f"going on from {ADDRESS}/checkpoints/1-easy/" in (tmp_path / "second/process0.log").read_text()
     for file in ("forgetting.json", "trained_ids.jsonl", "hf/3-hard/model.safetensors"):
         assert gcs.objects()[f"runs/run/{file}"] == (tmp_path / "disk/run" / file).read_bytes(), file
 

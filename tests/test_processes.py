@@ -22,6 +22,7 @@ from phased_ift_jax import config as config_module
 from phased_ift_jax import convert, processes
 from phased_ift_jax.training import manifest
 
+MEMBER = Path(__file__).parent / "pod_member.py"
 EPOCHS = 6
 GONE = 30  # seconds in which a survivor has ended
 
@@ -30,7 +31,15 @@ class Pod:
     """Processes of one run, started alike; each has a log of its own."""
 
     def __init__(
-        self, folder: Path, config: config_module.RunConfig, cache: Path, processes: int = 2, devices: int = 2, words: tuple[str, ...] = (), places: tuple[Path, ...] = ()
+        self,
+        folder: Path,
+        config: config_module.RunConfig,
+        cache: Path | None,
+        processes: int = 2,
+        devices: int = 2,
+        words: tuple[str, ...] = (),
+        places: tuple[Path, ...] = (),
+        surroundings: tuple[dict[str, str], ...] = (),
     ) -> None:
         folder.mkdir(exist_ok=True, parents=True)
         self.logs = [folder / f"process{index}.log" for index in range(processes)]
@@ -41,17 +50,13 @@ class Pod:
             port = free.getsockname()[1]
         self.members = []
         for index, log in enumerate(self.logs):
-            environment = os.environ | {
-                "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": "",
-                "JAX_NUM_CPU_DEVICES": str(devices),
-                "JAX_COMPILATION_CACHE_DIR": str(cache),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            }
+            environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": str(devices)} | (surroundings[index] if surroundings else {})
+            if cache:
+                environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
             if processes > 1:
                 environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index)}
             with open(log, "w") as out:
-                command = [sys.executable, "-m", "phased_ift_jax.train", str(path), *words]
+                command = [sys.executable, str(MEMBER), str(path), *words]
                 self.members.append(subprocess.Popen(command, cwd=places[index] if places else ROOT, env=environment, stdout=out, stderr=out))
 
     def codes(self, timeout: float = 240) -> list[int]:
