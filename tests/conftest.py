@@ -11,13 +11,15 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="phased-ift-caches-")  # a run keeps what it compiles in its user's cache, which is not ours
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a run keeps what it compiles in its user's cache, which is not ours: one for all workers
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="phased-ift-caches-")
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TINY = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
 
@@ -60,11 +62,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """For tests that make whole runs of one model again and again: what was compiled once is not compiled twice."""
+def compilation_cache() -> Iterator[None]:
+    """For tests that make whole runs of one model again and again: what was compiled once, by whatever worker, is not compiled twice."""
     import jax
 
-    options = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    options = {
+        "jax_compilation_cache_dir": f"{os.environ['XDG_CACHE_HOME']}/in-process",
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_compilation_cache_max_size": 5 * 10**9,  # only with a bound does JAX lock what it writes
+    }
     before = {name: getattr(jax.config, name) for name in options}
     for name, value in options.items():
         jax.config.update(name, value)
@@ -73,25 +79,26 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         jax.config.update(name, value)
 
 
-MEASURED: dict[str, float] = {}
-
-
 @pytest.fixture
-def measured() -> Callable[[str, float], None]:
+def measured(request: pytest.FixtureRequest) -> Callable[[str, float], None]:
     """`measured(what, value)` notes a figure; the largest of each is printed at the end of the run, next to the bound it was held to."""
-
-    def note(what: str, value: float) -> None:
-        MEASURED[what] = max(MEASURED.get(what, 0.0), float(value))
-
-    return note
+    return lambda what, value: request.node.user_properties.append(("measured", (what, float(value))))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if MEASURED:
+    """Of all workers: what a test has noted comes with its report."""
+    largest: dict[str, float] = {}
+    reports = [report for reports in terminalreporter.stats.values() for report in reports if isinstance(report, pytest.TestReport)]
+    for name, noted in (one for report in reports if report.when == "call" for one in report.user_properties):
+        if name == "measured":
+            what, value = noted
+            largest[what] = max(largest.get(what, 0.0), value)
+    if largest:
         terminalreporter.section("largest figures measured")
-        for what, value in MEASURED.items():
+        for what, value in largest.items():
             terminalreporter.write_line(f"{what}: {value:.3g}")
 
 
 def pytest_unconfigure() -> None:
-    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+    if not WORKER:
+        shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)

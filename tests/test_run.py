@@ -388,7 +388,7 @@ def test_profile_writes_a_trace_of_the_steps_asked_for(rows, tmp_path):
 
 
 def _start(config_path: Path, log: Path) -> subprocess.Popen:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(log.parent / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}  # the user's cache is all tests'
     with open(log, "a") as out:
         return subprocess.Popen([sys.executable, "-m", "phased_ift_jax.train", str(config_path)], cwd=ROOT, env=environment, stdout=out, stderr=out)
 
@@ -403,8 +403,8 @@ def _wait_for_steps(output: Path, process: subprocess.Popen, steps: int) -> None
 
 def test_killed_and_asked_to_stop_the_same_command_goes_on(rows, tmp_path):
     """A process killed (-9) mid-phase and then asked to stop (SIGTERM: exit 75) ends where an undisturbed one does."""
-    (tmp_path / "alone.yaml").write_text(config_module.dump(make_config(rows, tmp_path / "alone", training__num_train_epochs=20)))
-    (tmp_path / "run.yaml").write_text(config_module.dump(make_config(rows, tmp_path / "run", training__num_train_epochs=20)))
+    for name in ("alone", "run"):
+        (tmp_path / f"{name}.yaml").write_text(config_module.dump(make_config(rows, tmp_path / name, training__num_train_epochs=12, checkpoint__save_steps=8)))
     log = tmp_path / "log"
     alone = _start(tmp_path / "alone.yaml", log)
     assert alone.wait(240) == 0, log.read_text()
@@ -426,7 +426,8 @@ def test_killed_and_asked_to_stop_the_same_command_goes_on(rows, tmp_path):
 
 
 def test_the_verb_prints_the_plan_before_it_trains(rows, tmp_path, capsys):
-    (tmp_path / "run.yaml").write_text(config_module.dump(make_config(rows, tmp_path / "run", evaluation__exact_match=True, training__num_train_epochs=1)))
+    config = make_config(rows, tmp_path / "run", evaluation__exact_match=True, evaluation__max_new_tokens=2, training__num_train_epochs=1)
+    (tmp_path / "run.yaml").write_text(config_module.dump(config))
     assert train_verb.main([str(tmp_path / "run.yaml")]) == 0
     told = capsys.readouterr().out
     for fact in ("100 rows read = 100 used whole", "1-easy", "lr peak", "budget", "optimizer reset, schedule restarts", "exact match after", "loss after", "expected", "done:"):
