@@ -42,9 +42,9 @@ def collectives(text: str, slice_size: int) -> list[Collective]:
         for line in computations[name]:
             if match := COLLECTIVE.search(line) or BETWEEN_SLICES.search(line):
                 one = _collective(match, line, times, within, slice_size)
-                # one that runs beside the computation stands in each part of it: as one channel
-                channel = re.search(r"channel_id=(\d+)", line)
-                found.setdefault((within, channel[1] if channel else line), one)
+                # one that runs beside several matmuls stands in each of them, as a link of one chain
+                chain = re.search(r'chain_id="(\d+)"', line)
+                found.setdefault((within, chain[0] if chain else str(len(found))), one)
     return list(found.values())
 
 
