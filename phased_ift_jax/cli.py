@@ -83,6 +83,13 @@ def underscored(argv: Sequence[str]) -> list[str]:
     return result
 
 
+def size(count: float) -> str:
+    """So many bytes, to four digits in the unit that fits."""
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    power = min((len(str(int(count))) - 1) // 3, len(units) - 1)
+    return f"{count / 1000**power:.4g} {units[power]}"
+
+
 def table(rows: Sequence[Sequence[object]]) -> str:
     """Rows of cells as aligned text: the first column to the left, the others to the right."""
     cells = [[str(cell) for cell in row] for row in rows]

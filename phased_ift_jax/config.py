@@ -7,7 +7,7 @@ back as YAML that runs as it is. Names are those of the Hugging Face family wher
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -280,6 +280,17 @@ def load(path: str | Path, overrides: Iterable[tuple[str, str]] = ()) -> RunConf
 def dump(config: RunConfig) -> str:
     """The resolved run as YAML; `load` of it gives an equal value."""
     return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True, width=200)
+
+
+def changed(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """The same run with other values of some dotted keys; raises `UserError` as `load` does."""
+    tree = config.model_dump(mode="json", by_alias=True)
+    for key, value in values.items():
+        _set(tree, key, yaml.safe_dump(value))
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("\n".join(_faults(error))) from None
 
 
 def fields(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterable[tuple[str, str, str]]:

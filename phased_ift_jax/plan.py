@@ -1,8 +1,9 @@
-"""What a run will do, before it does it:  python -m phased_ift_jax.plan CONFIG... [--devices N] [--show 3] [--json] [--KEY VALUE ...]
+"""What a run will do, before it does it:  python -m phased_ift_jax.plan CONFIG... [--topology v5e:4x4] [--show 3] [--json] [--KEY VALUE ...]
 
 Reads data, tokenizer and the model's sizes, no weights, and writes nothing: rows and bins, phases, steps, learning rates, packed shapes,
-parameters, FLOPs, bytes of disk; of several configs the budgets side by side; and what a doctor would warn of. Exit code 2 where that is
-serious.
+parameters, FLOPs, bytes of disk; of several configs the budgets side by side; and what a doctor would warn of. With --topology the train
+step is compiled for TPUs that need not be here (a minute or two): whether it fits, what it sends, a roofline, and what would make it fit.
+Exit code 2 where the run cannot do.
 """
 
 from __future__ import annotations
@@ -26,11 +27,22 @@ def main(argv: Sequence[str]) -> int:
     parser = cli.Parser(prog="plan", description=__doc__)
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="YAML of a run; of several, budgets are compared")
     parser.add_argument("--devices", type=int, metavar="N", help="plan for so many devices, instead of those of this machine")
+    parser.add_argument("--topology", metavar="CHIP:SHAPE", help="compile for these TPUs: v4, v5e, v5p or v6e, such as v5e:4x4 or v5p:2x2x4")
+    parser.add_argument("--num_slices", type=int, default=1, metavar="N", help="so many slices of that topology; mesh.data goes over them")
+    parser.add_argument("--usd_per_chip_hour", type=float, metavar="USD", help="price of a chip for an hour, to say what the run costs at least")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N examples; what is trained is bright, or in [ ] where there are no colours")
     parser.add_argument("--json", action="store_true", help="print one JSON object, as docs/formats.md says, instead of tables")
     options, overrides = cli.parse_with_keys(parser, argv)
 
     from phased_ift_jax import config
+    from phased_ift_jax.training import topology as topologies
+
+    target = topologies.topology_of(options.topology, options.num_slices) if options.topology else None
+    if target is None and (options.num_slices != 1 or options.usd_per_chip_hour is not None):
+        raise UserError("--num_slices and --usd_per_chip_hour go with --topology")
+    if target and options.devices:
+        raise UserError("--devices: the topology says how many; leave one of the two out")
+
     from phased_ift_jax.sharding import mesh_sizes
     from phased_ift_jax.training.doctor import examine
     from phased_ift_jax.training.survey import describe, facts, survey
@@ -38,18 +50,26 @@ def main(argv: Sequence[str]) -> int:
     for name, least in (("devices", 1), ("show", 0)):
         if (given := vars(options)[name]) is not None and given < least:
             raise UserError(f"--{name}: {given} is less than {least}")
-    surveys, findings = [], []
+    where = str(target or (f"{options.devices} devices" if options.devices else "this machine"))
+    surveys, findings, fitted = [], [], []
     for path in options.configs:
         loaded = config.load(path, overrides)
-        surveys.append(survey(loaded, mesh_sizes(loaded.mesh, options.devices or _devices())))
+        devices = len(target.devices) if target else options.devices or _devices()
+        surveys.append(survey(loaded, mesh_sizes(loaded.mesh, devices)))
         findings.append(examine(surveys[-1]))
+        if target:
+            compiled, found = topologies.examine(surveys[-1], target, options.usd_per_chip_hour, lambda line: print(line, file=sys.stderr, flush=True))
+            fitted.append(compiled)
+            findings[-1] += found
     if options.json:
         told = [facts(run) | {"findings": [vars(finding) for finding in found]} for run, found in zip(surveys, findings, strict=True)]
-        print(json.dumps({"runs": told}))
+        print(json.dumps({"runs": [run | ({"topology": fitted[number]} if target else {}) for number, run in enumerate(told)]}))
     else:
         for number, (path, run, found) in enumerate(zip(options.configs, surveys, findings, strict=True)):
-            print(("\n" if number else "") + (f"{path}\n" if len(surveys) > 1 else "") + describe(run, f"{options.devices} devices" if options.devices else "this machine"))
+            print(("\n" if number else "") + (f"{path}\n" if len(surveys) > 1 else "") + describe(run, where, "tpu" if target else None))
             print(_sizes(facts(run)))
+            if target:
+                print("\n" + topologies.describe(fitted[number]))
             for example in _examples(run, options.show):
                 print(f"\n{example}")
             if found:
@@ -71,17 +91,11 @@ def _devices() -> int:
 
 
 def _sizes(told: dict[str, Any]) -> str:
-    state, gradients, disk = (_bytes(told[name]) for name in ("state_bytes", "gradient_bytes", "disk_bytes"))
+    state, gradients, disk = (cli.size(told[name]) for name in ("state_bytes", "gradient_bytes", "disk_bytes"))
     return (
         f"size    {told['parameters']:,} parameters; over all devices {state} of weights and moments and {gradients} of gradients\n"
         f"disk    {disk} at most: checkpoints and exports"
     )
-
-
-def _bytes(count: float) -> str:
-    units = ["bytes", "kB", "MB", "GB", "TB"]
-    power = min((len(str(int(count))) - 1) // 3, len(units) - 1)
-    return f"{count / 1000**power:.4g} {units[power]}"
 
 
 def _examples(run: Survey, count: int) -> list[str]:

@@ -66,7 +66,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     if slices == 1:
         return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
     within = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
-    return Mesh(create_hybrid_device_mesh(within, (slices, 1, 1), devices), tuple(sizes), axis_types=types)
+    return Mesh(create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True), tuple(sizes), axis_types=types)
 
 
 def batch_rows(sizes: Mapping[str, int]) -> int:
@@ -175,10 +175,9 @@ def _copying(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
 
 
 def put(tree: Any, dims: str, mesh: Mesh) -> Any:
-    """Move a tree of equally shaped host arrays to the mesh; a host hands over only the slices of its own devices."""
+    """Move a tree of equally shaped host arrays to the mesh. Every process has the whole of them, and hands over what its own devices hold."""
 
     def one(array: np.ndarray) -> jax.Array:
-        sharding = NamedSharding(mesh, spec(dims, array.shape, mesh))
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec(dims, array.shape, mesh)), array, array.shape)
 
     return jax.tree.map(one, tree)

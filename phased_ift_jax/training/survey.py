@@ -70,6 +70,7 @@ def describe(run: Survey, device: str, platform: str | None = None) -> str:
     lines = [
         f"model   {run.folder.name} ({run.config.model.init}), {run.config.model.dtype} over {run.config.model.param_dtype}, attention {run.attention(platform)}"
         + (", deterministic" if run.config.training.deterministic else ""),
+        f"held    {_held(run.config)}; for the backward pass {KEPT[run.config.model.gradient_checkpointing]} (gradient_checkpointing {run.config.model.gradient_checkpointing})",
         f"mesh    {mesh} on {device}",
         f"data    {data.rows_read} rows read = {data.rows_read - len(data.quarantined) - truncated} used whole + {truncated} truncated + {len(data.quarantined)} quarantined"
         + (f" ({binless} of them in no bin)" if binless else ""),
@@ -88,13 +89,23 @@ def describe(run: Survey, device: str, platform: str | None = None) -> str:
     return "\n".join(lines)
 
 
+KEPT = {"none": "all activations", "save_dots": "what the matmuls make", "save_attention": "attention's outputs and each layer's input", "full": "each layer's input"}
+
+
+def _held(config: RunConfig) -> str:
+    """In which dtype a device holds what it trains."""
+    held, training = config.model.param_dtype, config.training
+    moments = f", first moment {training.adam_mu_dtype or held}, second {held}" if training.optim == "adamw" else ""
+    return f"weights {held}{moments}, gradients {training.gradient_dtype or held}"
+
+
 def facts(run: Survey) -> dict[str, Any]:
     """The numbers of a survey, for machines: docs/formats.md says what each is."""
     config, model = run.config, run.folder.config
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(model, jnp.dtype("float32"))))
-    wide = jnp.dtype(config.model.param_dtype).itemsize
-    moments = 2 if config.training.optim == "adamw" else 0
-    weights, state = count * wide, count * wide * (1 + moments)
+    training, held = config.training, config.model.param_dtype
+    wide, first, gradient = (jnp.dtype(dtype or held).itemsize for dtype in (None, training.adam_mu_dtype, training.gradient_dtype))
+    weights, state = count * wide, count * (wide + (first + wide if training.optim == "adamw" else 0))
     exported = count * jnp.dtype(config.export.dtype or config.model.param_dtype).itemsize
     ends = len(run.plan.phases) * (state if config.curriculum.optimizer_state == "keep" else weights)
     exports = exported * (len(run.plan.phases) if config.export.after_each_phase else 1)
@@ -108,7 +119,7 @@ def facts(run: Survey) -> dict[str, Any]:
         "budget": run.plan.ledger(),
         "parameters": count,
         "state_bytes": state,
-        "gradient_bytes": weights,
+        "gradient_bytes": count * gradient,
         # one more than is kept lies there while the next is saved
         "disk_bytes": ends + exports + state * (config.checkpoint.save_total_limit + 1),
     }
