@@ -260,9 +260,12 @@ def test_recomputation_is_counted():
     assert again["save_dots"] == 4 * pairs * 4 * SMALL.num_layers * SMALL.num_heads * SMALL.head_dim
 
 
+IN_CI = {"llama2_7b v5e:4x4 x1 16x2048", "llama2_70b v5p:4x4x4 x1 64x4096", "llama2_7b v5e:4x4 x2 32x2048"}
+assert set(CASES) >= IN_CI
+
+
 @needs_libtpu
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in IN_CI else pytest.mark.aot) for name in CASES])
 def test_shipped_configs_fit_their_slices(name, measured):
     """The real step of each, at the rows of benchmarks/tpu_memory.py, compiled for its topology: within the bound that stands there."""
     found = tpu_memory.compiled(CASES[name])
