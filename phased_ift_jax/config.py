@@ -169,7 +169,7 @@ class TrainingConfig(Section):
     adam_epsilon: float = Field(1.0e-8, gt=0, description="added to the root of Adam's second moment")
     adam_mu_dtype: FloatType | None = Field(None, description="dtype of Adam's first moment; default: model.param_dtype's; bfloat16 saves 2 bytes a parameter")
     gradient_dtype: FloatType | None = Field(
-        None, description="dtype in which gradients are held; default: model.param_dtype's; bfloat16 saves memory; norm, moments and the sum of several parts are wide anyway"
+        None, description="dtype in which gradients are held; default: model.param_dtype's; bfloat16 saves memory; norm, moments, sums of parts and the embedding's stay wide"
     )
     on_nonfinite: Literal["stop", "skip"] = Field("stop", description="a loss or gradient that is no finite number ends the run, or its step is left out and counted")
     max_grad_norm: float = Field(1.0, gt=0, description="global gradient norm above which gradients are scaled down")

@@ -127,8 +127,7 @@ class Trainer:
 
     def _loss_and_gradients(self, params: Params, batch: PackedBatch) -> tuple[jax.Array, Params]:
         trained = jnp.maximum(jnp.sum(batch.weights_BT), 1.0)
-        if self.training.gradient_dtype:  # gradients have the dtype of what they are gradients of; in the embedding's a token's occurrences are added up
-            params = jax.tree.map(lambda p: p.astype(self.training.gradient_dtype), params) | {"embed": params["embed"]}
+        params = differentiated(params, self.training.gradient_dtype)
 
         def part_loss(params: Params, part: PackedBatch) -> jax.Array:
             total = summed_loss(self.model, params, part, self.compute)
@@ -146,6 +145,13 @@ class Trainer:
         wide = partial(jnp.promote_types, jnp.float32)  # parts are added up in no less, whatever each is in
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p.dtype)), params)
         return jax.lax.scan(add, (jnp.zeros((), wide(self.dtype)), zeros), batch)[0]
+
+
+def differentiated(params: Params, gradient_dtype: str | None) -> Params:
+    """The parameters as a step takes its gradients of them, which have their dtypes: `gradient_dtype`, but for the embedding, in whose gradient
+    all occurrences of a token are added up.
+    """
+    return params if gradient_dtype is None else jax.tree.map(lambda p: p.astype(gradient_dtype), params) | {"embed": params["embed"]}
 
 
 def trainer_of(model: ModelConfig, sizes: DecoderConfig, training: TrainingConfig, mesh: Mesh) -> Trainer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from phased_ift_jax.models.decoder import parameter_shapes
 from phased_ift_jax.models.hf_folder import Folder, open_folder
 from phased_ift_jax.sharding import batch_rows
 from phased_ift_jax.training.plan import PhasePlan, Plan, make_plan
+from phased_ift_jax.training.step import differentiated
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,15 +98,17 @@ def _held(config: RunConfig) -> str:
     """In which dtype a device holds what it trains."""
     held, training = config.model.param_dtype, config.training
     moments = f", first moment {training.adam_mu_dtype or held}, second {held}" if training.optim == "adamw" else ""
-    return f"weights {held}{moments}, gradients {training.gradient_dtype or held}"
+    return f"weights {held}{moments}, gradients {training.gradient_dtype or held}" + (f" (the embedding's {held})" if training.gradient_dtype else "")
 
 
 def facts(run: Survey) -> dict[str, Any]:
     """The numbers of a survey, for machines: docs/formats.md says what each is."""
     config, model = run.config, run.folder.config
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(model, jnp.dtype("float32"))))
     training, held = config.training, config.model.param_dtype
-    wide, first, gradient = (jnp.dtype(dtype or held).itemsize for dtype in (None, training.adam_mu_dtype, training.gradient_dtype))
+    params = parameter_shapes(model, jnp.dtype(held))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    gradients = jax.tree.leaves(jax.eval_shape(partial(differentiated, gradient_dtype=training.gradient_dtype), params))
+    wide, first = (jnp.dtype(dtype or held).itemsize for dtype in (None, training.adam_mu_dtype))
     weights, state = count * wide, count * (wide + (first + wide if training.optim == "adamw" else 0))
     exported = count * jnp.dtype(config.export.dtype or config.model.param_dtype).itemsize
     ends = len(run.plan.phases) * (state if config.curriculum.optimizer_state == "keep" else weights)
@@ -119,7 +123,7 @@ def facts(run: Survey) -> dict[str, Any]:
         "budget": run.plan.ledger(),
         "parameters": count,
         "state_bytes": state,
-        "gradient_bytes": count * gradient,
+        "gradient_bytes": sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in gradients),
         # one more than is kept lies there while the next is saved
         "disk_bytes": ends + exports + state * (config.checkpoint.save_total_limit + 1),
     }

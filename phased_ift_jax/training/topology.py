@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,7 +29,7 @@ from phased_ift_jax.sharding import batch_rows, make_mesh, mesh_sizes
 from phased_ift_jax.training.doctor import Finding
 from phased_ift_jax.training.hlo import Collective, collectives
 from phased_ift_jax.training.plan import attended_pairs, make_plan
-from phased_ift_jax.training.step import Trainer, trainer_of
+from phased_ift_jax.training.step import Trainer, differentiated, trainer_of
 from phased_ift_jax.training.survey import Survey
 from phased_ift_jax.xla_flags import flags_for
 
@@ -175,11 +176,9 @@ def what_fits(run: Survey, topology: Topology, say: Callable[[str], None]) -> tu
 def state_and_gradients(run: Survey, topology: Topology) -> int:
     """Bytes that a chip holds between the backward pass and the update, whatever the rows."""
     trainer = trainer_of(run.config.model, run.plan.model, run.config.training, make_mesh(run.config.mesh, topology.devices))
-    dtype = run.config.training.gradient_dtype or run.config.model.param_dtype
-    leaves = [*zip(jax.tree.leaves(trainer.shapes), jax.tree.leaves(trainer.shardings), strict=True)]
-    weights = zip(jax.tree.leaves(trainer.shapes.params), jax.tree.leaves(trainer.shardings.params), strict=True)
-    gradients = [(jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), sharding) for leaf, sharding in weights]
-    return sum(_shard_bytes(leaf, sharding) for leaf, sharding in leaves + gradients)
+    gradients = jax.eval_shape(partial(differentiated, gradient_dtype=run.config.training.gradient_dtype), trainer.shapes.params)
+    held = [(trainer.shapes, trainer.shardings), (gradients, trainer.shardings.params)]
+    return sum(_shard_bytes(leaf, sharding) for shapes, shardings in held for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True))
 
 
 def _changes(config: RunConfig) -> Iterator[Mapping[str, Any]]:
