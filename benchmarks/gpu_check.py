@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from phased_ift_jax import cli
+from phased_ift_jax.chips import peak_flops
 from phased_ift_jax.xla_flags import set_flags
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs/llama2_7b_h200.yaml"
 LLAMA2_7B = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_layers": 32, "num_heads": 32, "num_kv_heads": 32, "head_dim": 128}
 TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 172, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "head_dim": 16}
-PEAK = {"H100": 989.4e12, "H200": 989.4e12}  # dense bfloat16 FLOP/s by datasheet
 CASES = [(kv_heads, window) for kv_heads in (8, 2) for window in (None, 100)]  # of 8 query heads
 ALLOWED = 3  # times the reference's own rounding, as FlashAttention's tests allow gradients
 FLOOR = 2.0**-8  # half a unit in the last place of bfloat16: below, being off means nothing
@@ -77,11 +77,11 @@ def training(sizes: dict[str, int], rows: int, length: int, steps: int) -> dict[
     from phased_ift_jax.models.decoder import DecoderConfig
     from phased_ift_jax.records import PackedBatch
     from phased_ift_jax.sharding import make_mesh, put
-    from phased_ift_jax.training.step import BATCH_DIMS, Trainer
+    from phased_ift_jax.training.step import BATCH_DIMS, trainer_of
 
     run = config.load(CONFIG)
     mesh, model = make_mesh(run.mesh, jax.devices()[:1]), DecoderConfig(**sizes)  # type: ignore[arg-type]
-    trainer = Trainer(model, run.training, mesh, run.model.param_dtype, run.model.dtype, run.model.gradient_checkpointing, run.model.attn_implementation)
+    trainer = trainer_of(run.model, model, run.training, mesh)
     rng, shape = np.random.default_rng(0), (1, rows, length)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
 
@@ -103,7 +103,7 @@ def training(sizes: dict[str, int], rows: int, length: int, steps: int) -> dict[
     seconds = (time.perf_counter() - began) / steps
     speed, attended = rows * length / seconds, rows * length * length
     kind = jax.devices()[0].device_kind
-    peak = next((peak for name, peak in PEAK.items() if name in kind), None)
+    peak = peak_flops(kind, 1)
     full, causal = (model.train_flops(rows * length, pairs) / seconds for pairs in (attended, attended // 2))
     memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return {

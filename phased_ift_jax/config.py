@@ -253,6 +253,12 @@ class RunConfig(Section):
     logging: LoggingConfig = LoggingConfig()
     export: ExportConfig = ExportConfig()
 
+    @model_validator(mode="after")
+    def _gradients(self) -> Self:
+        if self.training.gradient_dtype == "bfloat16" and self.model.dtype == "float32":
+            raise ValueError("training.gradient_dtype bfloat16 would round the weights that model.dtype float32 computes with; leave it out, or set model.dtype bfloat16")
+        return self
+
 
 def load(path: str | Path, overrides: Iterable[tuple[str, str]] = ()) -> RunConfig:
     """Read a run from YAML and apply `(dotted key, YAML value)` overrides.

@@ -40,6 +40,8 @@ def main(argv: Sequence[str]) -> int:
     target = topologies.topology_of(options.topology, options.num_slices) if options.topology else None
     if target is None and (options.num_slices != 1 or options.usd_per_chip_hour is not None):
         raise UserError("--num_slices and --usd_per_chip_hour go with --topology")
+    if options.usd_per_chip_hour is not None and not 0 < options.usd_per_chip_hour < float("inf"):
+        raise UserError(f"--usd_per_chip_hour: {options.usd_per_chip_hour} is no price")
     if target and options.devices:
         raise UserError("--devices: the topology says how many; leave one of the two out")
 

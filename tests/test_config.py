@@ -380,3 +380,11 @@ def test_bins_can_be_replaced_as_a_whole_by_a_flag(tmp_path: Path) -> None:
     options, overrides = parsed(str(ROOT / "configs/llama2_7b.yaml"), "--curriculum.bins", "{by: length, quantiles: [0.585, 0.869]}")
     loaded = config.load(str(options["config"]), overrides)
     assert loaded.curriculum.bins == config.Bins(by="length", quantiles=(0.585, 0.869))
+
+
+def test_gradients_do_not_round_the_weights_that_are_computed_with():
+    """Gradients have the dtype of what they are taken of: in bfloat16 they would turn a float32 computation into another one."""
+    words = [("training.gradient_dtype", "bfloat16"), ("model.dtype", "float32")]
+    with pytest.raises(UserError, match=r"training\.gradient_dtype bfloat16 would round the weights that model\.dtype float32 computes with"):
+        config.load(ROOT / "configs/llama2_7b.yaml", words)
+    assert config.load(ROOT / "configs/llama2_7b.yaml", words[:1]).training.gradient_dtype == "bfloat16"

@@ -230,6 +230,34 @@ def test_the_gradient_that_the_loss_makes_is_the_plain_formulas(
         assert abs(float(jax.jit(ours)(*narrow)) - float(loss)) <= bound * float(loss), "with or without a gradient"
 
 
+@pytest.mark.parametrize("tokens", [87, 128, 255])
+def test_a_mean_turns_no_gradient_by_the_rounding_of_its_count(tokens: int) -> None:
+    """Law: in bfloat16 the gradients of a mean over n tokens, seen along the float32 ones, are as long as those: 1 / n goes in with the
+    weights, unrounded, and what comes after only has the rounding of each number."""
+    rng = np.random.default_rng(tokens)
+    hidden_BTD, head_DV = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((2, 128, 64), (64, 96)))
+    targets_BT = jnp.asarray(rng.integers(0, 96, (2, 128)), jnp.int32)
+    weights_BT = jnp.asarray((np.arange(256) < tokens).reshape(2, 128), jnp.float32) / tokens
+
+    def gradients(dtype: str) -> list[np.ndarray]:
+        loss = lambda hidden, head: loss_module.cross_entropy(hidden, head, targets_BT, weights_BT, "DV", None)  # noqa: E731
+        return [np.asarray(gradient, np.float64) for gradient in jax.grad(loss, (0, 1))(hidden_BTD.astype(dtype), head_DV.astype(dtype))]
+
+    for got, want in zip(gradients("bfloat16"), gradients("float32"), strict=True):
+        assert abs(float((got * want).sum() / (want * want).sum()) - 1) < 5e-4
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("moment", [None, "bfloat16"])
+def test_a_step_keeps_the_dtypes_of_its_state(param_dtype: str, moment: str | None) -> None:
+    """Law: what a step gives back is as `shapes` says, so that its buffers are taken over and nothing is compiled again."""
+    trainer = Trainer(MODEL, TrainingConfig(adam_mu_dtype=moment), mesh_of((1, 1, 1)), param_dtype, "bfloat16")
+    ids = jax.ShapeDtypeStruct((1, 2, 32), jnp.int32)
+    batch = PackedBatch(ids, ids, jax.ShapeDtypeStruct((1, 2, 32), jnp.float32), ids, ids)
+    after, _ = jax.eval_shape(trainer.step, trainer.shapes, batch, jax.ShapeDtypeStruct((), jnp.float32))
+    assert jax.tree.map(lambda leaf: leaf.dtype, after) == jax.tree.map(lambda leaf: leaf.dtype, trainer.shapes)
+
+
 # --- who sees whom -------------------------------------------------------------------------------------------------------------
 
 

@@ -255,10 +255,10 @@ def trained_with(base) -> Iterator[Callable[..., tuple[Trainer, PackedBatch, dic
     jax.config.update("jax_disable_most_optimizations", True)
 
     def make(parts: int, **training: object) -> tuple[Trainer, PackedBatch, dict]:
-        config = changed(base, {f"training.{key}": value for key, value in training.items()} | {"training.global_batch_size": 32})
-        run = loop.prepare(config)
+        run = loop.prepare(changed(base, {"training.global_batch_size": 32}))
         phase = run.plan.phases[0]
         trainer = dataclasses.replace(run.trainer(phase), mesh=make_mesh(config_module.MeshConfig(), jax.devices()[:1]))
+        trainer = dataclasses.replace(trainer, training=trainer.training.model_copy(update=training))
         batch = pack([run.dataset.examples[row] for row in phase.steps[0]], Shapes(parts, (64,)), parts)
         return trainer, batch, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), trainer.init_params(0))
 

@@ -70,7 +70,7 @@ def test_bytes_are_counted(rows, tmp_path):  # noqa: F811
     weights = 4 * told["parameters"]
     assert (told["state_bytes"], told["gradient_bytes"]) == (3 * weights, weights)
     assert told["disk_bytes"] == 3 * weights + 3 * weights + 3 * (3 * weights)
-    lean = facts(survey(make_config(rows, tmp_path / "run", training__adam_mu_dtype="bfloat16", training__gradient_dtype="bfloat16"), ONE))
+    lean = facts(survey(make_config(rows, tmp_path / "run", model__dtype="bfloat16", training__adam_mu_dtype="bfloat16", training__gradient_dtype="bfloat16"), ONE))
     embedding = run.plan.model.vocab_size * run.plan.model.hidden_size  # whose gradient stays wide
     assert (lean["state_bytes"], lean["gradient_bytes"]) == (10 * told["parameters"], 2 * told["parameters"] + 2 * embedding)
     kept = facts(survey(make_config(rows, tmp_path / "run", curriculum__optimizer_state="keep", export__after_each_phase=False), ONE))

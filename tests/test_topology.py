@@ -4,6 +4,7 @@ gradients are added up where they lie. They are read from what libtpu's compiler
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -23,8 +24,9 @@ from phased_ift_jax import chips
 from phased_ift_jax import plan as plan_verb
 from phased_ift_jax.config import MeshConfig, TrainingConfig, dump
 from phased_ift_jax.models.decoder import DecoderConfig
-from phased_ift_jax.records import UserError
+from phased_ift_jax.records import Failure, UserError
 from phased_ift_jax.sharding import make_mesh
+from phased_ift_jax.training import hlo
 from phased_ift_jax.training import topology as topologies
 from phased_ift_jax.training.hlo import ARRAY, WIDTHS, collectives
 from phased_ift_jax.training.step import Trainer
@@ -79,6 +81,49 @@ def test_exchanges_in_loops_are_counted_as_often_as_they_run():
     assert found["all-to-all"] == (16, 16 * part * 7 // 8)
 
 
+# as HLO writes who exchanges with whom, and the groups that this means
+GROUPS = [
+    ("replica_groups={{0,1},{2,3}}", [[0, 1], [2, 3]]),
+    ("replica_groups={}", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+    ("replica_groups=[2,4]<=[8]", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ("replica_groups=[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=2], device_ids=([2,2]T(1,0)) {'axis_1'}", [[0, 2], [1, 3]]),
+    ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+]
+
+
+@pytest.mark.parametrize(("written", "meant"), GROUPS)
+def test_who_exchanges_with_whom(written, meant):
+    assert hlo._groups(f"  %x = f32[8]{{0}} all-gather(%y), channel_id=1, {written}, dimensions={{0}}", 8) == meant
+
+
+def test_an_exchange_that_is_not_understood_is_no_small_one():
+    with pytest.raises(Failure, match="an exchange in a way that is not known here"):
+        collectives("HloModule x, num_partitions=8\n\nENTRY %main (p: f32[8]) -> f32[8] {\n  ROOT %x = f32[8]{0} all-reduce(%p), replica_groups=new<8>\n}\n", 8)
+
+
+def test_a_sum_that_leaves_each_its_part_is_a_reduce_scatter():
+    """libtpu fuses an all-reduce with the slice taken of it: half the bytes of an all-reduce come in."""
+    fused = "%all-reduce-scatter.1 (p: f32[1024]) -> f32[128] {\n  %s = f32[1024]{0} all-reduce(%p), replica_groups={}, to_apply=%add\n}\n"
+    entry = "ENTRY %main (p: f32[1024]) -> f32[128] {\n  ROOT %x = f32[128]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1\n}\n"
+    [one] = collectives(f"HloModule x, num_partitions=8\n\n{fused}\n{entry}", 8)
+    assert (one.kind, one.bytes, one.largest, one.group) == ("reduce-scatter", 4096 * 7 // 8, 4096, 8)
+
+
+@needs_libtpu
+def test_of_a_mesh_of_two_axes_every_exchange_is_understood():
+    """Of data 4 x fsdp 4 each gradient is added up along both, and no exchange is left with a group of one."""
+    topology = topologies.topology_of("v5e:4x4")
+    trainer = Trainer(dataclasses.replace(SMALL, num_layers=2), TrainingConfig(), make_mesh(MeshConfig(data=4, fsdp=4), topology.devices), dtype="bfloat16")
+    step = topologies.compile_shape(trainer, topology, 16, 512)
+    assert {one.group for one in step.exchanges} <= {2, 4, 16}  # pairs are the steps of a ring
+    layers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainer.shapes.params["layers"]) if len(leaf.shape) > 2)
+    summed = sum(one.times * one.bytes for one in step.exchanges if one.kind in ("reduce-scatter", "all-reduce", "collective-permute"))
+    assert summed >= 2 * layers * (3 / 4 + 2 * 3 / 4 / 4)  # over fsdp into shards, and those over data
+
+
 @functools.cache
 def small_step(**training: str) -> tuple[Trainer, topologies.Compiled]:
     topology = topologies.topology_of("v5e:4x4")
@@ -129,7 +174,8 @@ def test_gradients_are_added_up_where_they_lie():
 def test_the_logits_of_a_batch_never_exist():
     """A chip has 4,096 tokens; no array over the vocabulary has more than the 1,024 of a chunk."""
     _, step = small_step()
-    over_vocabulary = [size // SMALL.vocab_size // 4 for size, dims in sizes(step.text) if SMALL.vocab_size in dims and SMALL.hidden_size not in dims and len(dims) > 1]
+    over_vocabulary = [math.prod(dims) // SMALL.vocab_size for _, dims in sizes(step.text) if SMALL.vocab_size in dims and len(dims) > 1]
+    over_vocabulary = [positions for positions in over_vocabulary if positions not in (SMALL.hidden_size, SMALL.hidden_size // 16)]  # the head, whole and in shards
     assert over_vocabulary
     assert max(over_vocabulary) <= 1024
 
@@ -145,12 +191,12 @@ def test_the_state_is_donated_and_taken_over():
 
 
 @needs_libtpu
-def test_moments_and_gradients_in_bfloat16_save_what_they_should():
+def test_a_first_moment_in_bfloat16_saves_what_it_should():
     trainer, step = small_step()
     _, lean = small_step(adam_mu_dtype="bfloat16")
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainer.shapes.params))
     assert step.state - lean.state == pytest.approx(2 * count / 16, rel=0.01)
-    assert step.peak - lean.peak == pytest.approx(2 * count / 16, rel=0.3)
+    assert step.peak - lean.peak == pytest.approx(2 * count / 16, rel=0.1)
 
 
 @needs_libtpu
@@ -188,6 +234,7 @@ def test_chips_of_every_kind():
     for name, count in (("v4:2x2x2", 8), ("v5e:2x4", 8), ("v5p:2x2x4", 16), ("v6e:4x4", 16)):
         topology = topologies.topology_of(name)
         assert len(topology.devices) == count
+        assert topology.chip.links(topology.shape) > 0
         assert chips.peak_flops(topology.devices[0].device_kind, count) == count * topology.chip.flops
 
 
@@ -195,8 +242,6 @@ def test_chips_of_every_kind():
 def test_what_does_not_fit_is_said_before_anything_is_compiled_in_vain(rows, tmp_path):  # noqa: F811
     """Weights and moments that are too large for the slice: no setting is tried that cannot help, and the line says what would do."""
     run = survey(make_config(rows, tmp_path / "run"), {"data": 1, "fsdp": 4, "tensor": 1})
-    import dataclasses
-
     large = dataclasses.replace(run, plan=dataclasses.replace(run.plan, model=DecoderConfig(32000, 8192, 28672, 80, 64, 8, 128)))
     lines: list[str] = []
     assert topologies.what_fits(large, topologies.topology_of("v5e:2x2"), lines.append) is None
@@ -236,6 +281,7 @@ def test_the_plan_for_a_topology(rows, tmp_path):  # noqa: F811
         (("--topology", "v5e:4x4", "--devices", 4), "--devices: the topology says how many"),
         (("--num_slices", 2), "--num_slices and --usd_per_chip_hour go with --topology"),
         (("--usd_per_chip_hour", 1.0), "--num_slices and --usd_per_chip_hour go with --topology"),
+        (("--topology", "v5e:4x4", "--usd_per_chip_hour", -1.0), "--usd_per_chip_hour: -1.0 is no price"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(rows, tmp_path, words, refusal):  # noqa: F811
@@ -245,6 +291,14 @@ def test_flags_that_do_not_go_together_are_refused(rows, tmp_path, words, refusa
         pytest.importorskip("libtpu")
     with pytest.raises(UserError, match=refusal):
         plan_verb.main([str(path), *map(str, words)])
+
+
+def test_links_of_a_slice():
+    """An axis brings data from both sides where it is a ring: on a v5e only the 16 chips of a whole row, on a v5p any multiple of 4."""
+    v5e, v5p = chips.CHIPS["v5e"], chips.CHIPS["v5p"]
+    assert v5e.links((16, 16)) == 2 * v5e.links((4, 4)) == 4 * v5e.link
+    assert v5p.links((4, 4, 4)) == 2 * v5p.links((2, 2, 2)) == 6 * v5p.link
+    assert v5p.links((2, 2, 1)) == 2 * v5p.link
 
 
 def test_recomputation_is_counted():

@@ -23,7 +23,8 @@ def cross_entropy(hidden_BTD: jax.Array, head: jax.Array, targets_BT: jax.Array,
     """Sum over all positions of weight * -log p(target), in at least float32. `dims` of the head are DV or VD.
 
     The gradient is made in the same pass as the loss, since what follows a sum can only scale it: the logits are computed once, and the
-    head's gradient is added up over the chunks in at least float32.
+    head's gradient is added up over the chunks in at least float32. No device holds it whole: it is added up over them chunk by chunk, which
+    sends a head through the links for every `CHUNK` tokens of a device.
     """
     return _scan(hidden_BTD, head, targets_BT, weights_BT, dims, mesh, gradients=False)[0]
 
@@ -34,7 +35,7 @@ def _forward(hidden_BTD: jax.Array, head: jax.Array, targets_BT: jax.Array, weig
 
 
 def _backward(dims: str, mesh: Mesh | None, gradients: tuple[jax.Array, jax.Array], scale: jax.Array) -> tuple[jax.Array, jax.Array, None, None]:
-    hidden_gradient, head_gradient = (gradient * scale.astype(gradient.dtype) for gradient in gradients)
+    hidden_gradient, head_gradient = ((gradient.astype(scale.dtype) * scale).astype(gradient.dtype) for gradient in gradients)  # else the scale is rounded first
     return hidden_gradient, head_gradient, None, None
 
 
@@ -77,7 +78,9 @@ def _scan(
 
 
 def chunks_of(T: int, rows: int) -> int:
-    """How many chunks of equal length rows of T tokens are cut into, so that `rows` of them (a device's) have at most `CHUNK` tokens in each."""
+    """How many chunks of equal length rows of T tokens are cut into, so that `rows` of them (a device's) have at most `CHUNK` tokens in each,
+    or one of each row.
+    """
     least = -(-T * rows // CHUNK)
     return next((count for count in range(least, T) if T % count == 0), T)
 

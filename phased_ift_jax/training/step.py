@@ -7,7 +7,7 @@ are added up.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -95,7 +95,8 @@ class Trainer:
             gradients = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), gradients)
             norm = optax.global_norm(gradients)
             params, opt_state = apply(self.optimizer, state.params, state.opt_state, gradients, learning_rate)
-            new = TrainState(params, opt_state)
+            # a moment of bfloat16 weights comes wide out of wide gradients; the state keeps its dtypes, and so its buffers and this compilation
+            new = jax.tree.map(lambda after, before: after.astype(before.dtype), TrainState(params, opt_state), state)
             if self.training.on_nonfinite == "skip":
                 finite = jnp.isfinite(loss) & jnp.isfinite(norm)
                 new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
@@ -128,10 +129,12 @@ class Trainer:
     def _loss_and_gradients(self, params: Params, batch: PackedBatch) -> tuple[jax.Array, Params]:
         trained = jnp.maximum(jnp.sum(batch.weights_BT), 1.0)
         params = differentiated(params, self.training.gradient_dtype)
+        wide = partial(jnp.promote_types, jnp.float32)  # losses and parts are added up in no less, whatever each is in
 
         def part_loss(params: Params, part: PackedBatch) -> jax.Array:
-            total = summed_loss(self.model, params, part, self.compute)
-            return total / trained.astype(total.dtype)
+            # the mean's share of each token goes in with its weight: to scale gradients of bfloat16 afterwards would round them once more
+            weights_BT = part.weights_BT.astype(wide(self.dtype)) / trained.astype(wide(self.dtype))
+            return summed_loss(self.model, params, replace(part, weights_BT=weights_BT), self.compute)
 
         def of_part(part: PackedBatch) -> tuple[jax.Array, Params]:
             loss, gradients = jax.value_and_grad(part_loss)(params, part)
@@ -142,7 +145,6 @@ class Trainer:
 
         if batch.tokens_BT.shape[0] == 1:
             return of_part(jax.tree.map(lambda x: x[0], batch))
-        wide = partial(jnp.promote_types, jnp.float32)  # parts are added up in no less, whatever each is in
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p.dtype)), params)
         return jax.lax.scan(add, (jnp.zeros((), wide(self.dtype)), zeros), batch)[0]
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from phased_ift_jax import cli
 from phased_ift_jax.chips import CHIPS, GIB, Chip
-from phased_ift_jax.config import RunConfig, changed
+from phased_ift_jax.config import changed
 from phased_ift_jax.data.packing import row_lengths
 from phased_ift_jax.models.decoder import DecoderConfig
 from phased_ift_jax.records import Failure, UserError
@@ -102,7 +102,7 @@ def examine(run: Survey, topology: Topology, usd_per_chip_hour: float | None, sa
     """The facts of a run on a topology, for `plan`, and what does not do there. `say` is told what is being compiled."""
     say(f"compiling the step of {run.config.output_dir} for {topology}: a minute or two")
     compiled = compile_step(run, topology)
-    told = facts(run, topology, compiled) | {"would_fit": None}
+    told = facts(run, topology, compiled, usd_per_chip_hour) | {"would_fit": None}
     if not compiled.fits:
         text = f"the step needs {_gib(compiled.peak)} of a {topology.name} chip's {_gib(topology.chip.memory)}"
         say(f"{text}; trying what would fit, one compilation each")
@@ -113,9 +113,8 @@ def examine(run: Survey, topology: Topology, usd_per_chip_hour: float | None, sa
         told["would_fit"] = {"changes": changes, "peak_bytes": fitting.peak}
         return told, [Finding(True, f"{text}; {' '.join(f'--{key} {value}' for key, value in changes.items())} would do, with {_gib(fitting.peak)}")]
     estimate = told["estimate"]
-    estimate["usd"] = None if usd_per_chip_hour is None else estimate["run_seconds"] / 3600 * told["chips"] * usd_per_chip_hour
     tokens, enough = estimate["tokens_per_chip"], estimate["tokens_per_chip_compute_bound"]
-    text = f"a chip gets {tokens:,.0f} tokens a step; below about {enough:,.0f} it waits for its weights: fewer chips would be nearly as fast"
+    text = f"a chip gets {tokens:,.0f} tokens each time its weights come together; below about {enough:,.0f} it waits for them: fewer chips would be nearly as fast"
     return told, [Finding(False, text)] if tokens < enough else []
 
 
@@ -154,7 +153,7 @@ def _shard_bytes(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) ->
 def what_fits(run: Survey, topology: Topology, say: Callable[[str], None]) -> tuple[dict[str, Any], Compiled] | None:
     """The first of some changes, each added to those before, with which the step fits: tried, one compilation each. None where none does."""
     given: dict[str, Any] = {}
-    for change in _changes(run.config):
+    for change in _changes(run):
         candidate = changed(run.config, given | dict(change))
         try:
             sizes = mesh_sizes(candidate.mesh, len(topology.devices))
@@ -176,22 +175,26 @@ def what_fits(run: Survey, topology: Topology, say: Callable[[str], None]) -> tu
 def state_and_gradients(run: Survey, topology: Topology) -> int:
     """Bytes that a chip holds between the backward pass and the update, whatever the rows."""
     trainer = trainer_of(run.config.model, run.plan.model, run.config.training, make_mesh(run.config.mesh, topology.devices))
-    gradients = jax.eval_shape(partial(differentiated, gradient_dtype=run.config.training.gradient_dtype), trainer.shapes.params)
+    training = run.config.training
+    dtype = training.gradient_dtype if training.gradient_accumulation_steps == 1 else None  # the sum of several parts is wide
+    gradients = jax.eval_shape(partial(differentiated, gradient_dtype=dtype), trainer.shapes.params)
     held = [(trainer.shapes, trainer.shardings), (gradients, trainer.shardings.params)]
     return sum(_shard_bytes(leaf, sharding) for shapes, shardings in held for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True))
 
 
-def _changes(config: RunConfig) -> Iterator[Mapping[str, Any]]:
-    for policy in POLICIES[POLICIES.index(config.model.gradient_checkpointing) + 1 :]:
+def _changes(run: Survey) -> Iterator[Mapping[str, Any]]:
+    """What saves memory, what costs least first."""
+    model, training, sizes = run.config.model, run.config.training, run.mesh_sizes
+    for policy in POLICIES[POLICIES.index(model.gradient_checkpointing) + 1 :]:
         yield {"model.gradient_checkpointing": policy}
-    if config.training.optim == "adamw" and config.training.adam_mu_dtype is None:
+    if training.optim == "adamw" and training.adam_mu_dtype is None:
         yield {"training.adam_mu_dtype": "bfloat16"}
-    if config.training.gradient_dtype is None:
-        yield {"training.gradient_dtype": "bfloat16"}
     for factor in (2, 4, 8):
-        yield {"training.gradient_accumulation_steps": config.training.gradient_accumulation_steps * factor}
-    yield {"mesh.data": config.mesh.data, "mesh.fsdp": -1, "mesh.tensor": config.mesh.tensor * 2}
-    yield {"mesh.data": config.mesh.data, "mesh.fsdp": -1, "mesh.tensor": config.mesh.tensor * 4}
+        yield {"training.gradient_accumulation_steps": training.gradient_accumulation_steps * factor}
+    for factor in (2, 4):
+        yield {"mesh.data": sizes["data"], "mesh.fsdp": -1, "mesh.tensor": sizes["tensor"] * factor}
+    if training.gradient_dtype is None and model.dtype == "bfloat16":
+        yield {"training.gradient_accumulation_steps": 1, "training.gradient_dtype": "bfloat16"}  # the sum of parts would be wide
 
 
 def step_flops(model: DecoderConfig, rows: int, length: int, policy: str) -> tuple[float, float]:
@@ -204,12 +207,12 @@ def step_flops(model: DecoderConfig, rows: int, length: int, policy: str) -> tup
     return own, own + again
 
 
-def estimate(run: Survey, topology: Topology, compiled: Compiled) -> dict[str, Any]:
+def estimate(run: Survey, topology: Topology, compiled: Compiled, usd_per_chip_hour: float | None) -> dict[str, Any]:
     """A roofline of the run: each step as long as the slowest of compute, memory and links would take at published peak rates, were the
     others free. A bound from below, not a prediction: the best published runs of such models reach 50 to 65 % MFU.
     """
     chip, model, policy = topology.chip, run.plan.model, run.config.model.gradient_checkpointing
-    chips, tensor = len(topology.devices), run.mesh_sizes["tensor"]
+    chips, tensor, links = len(topology.devices), run.mesh_sizes["tensor"], chip.links(topology.shape)
     moved = {crosses: sum(one.bytes * one.times for one in compiled.exchanges if one.slices == crosses) for crosses in (False, True)}
     width = jnp.dtype(run.config.model.dtype).itemsize
     # state and gradients are read and written; each layer's weights written as they are gathered and read by each matmul, forward, again and backward
@@ -220,7 +223,7 @@ def estimate(run: Survey, topology: Topology, compiled: Compiled) -> dict[str, A
         return {
             "compute": step_flops(model, rows, length, policy)[1] / (chips * chip.flops),
             "memory": (streamed + kept) / chip.bandwidth,
-            "links": moved[False] / chip.links,
+            "links": moved[False] / links,
             "network": moved[True] / chip.network,
         }
 
@@ -237,12 +240,13 @@ def estimate(run: Survey, topology: Topology, compiled: Compiled) -> dict[str, A
         "mfu": step_flops(model, compiled.rows, compiled.length, policy)[0] / (max(per_step.values()) * chips * chip.flops),
         "run_seconds": total,
         "run_mfu": own / (total * chips * chip.flops),
-        "tokens_per_chip": compiled.rows * compiled.length / chips,
-        "tokens_per_chip_compute_bound": chip.flops / chip.links,
+        "usd": None if usd_per_chip_hour is None else total / 3600 * chips * usd_per_chip_hour,
+        "tokens_per_chip": compiled.rows * compiled.length / chips / compiled.parts,
+        "tokens_per_chip_compute_bound": chip.flops / links,
     }
 
 
-def facts(run: Survey, topology: Topology, compiled: Compiled) -> dict[str, Any]:
+def facts(run: Survey, topology: Topology, compiled: Compiled, usd_per_chip_hour: float | None = None) -> dict[str, Any]:
     """What `plan` tells of a topology, for machines: docs/formats.md says what each is."""
     sums: dict[tuple[str, bool], dict[str, Any]] = {}
     for one in compiled.exchanges:
@@ -260,7 +264,7 @@ def facts(run: Survey, topology: Topology, compiled: Compiled) -> dict[str, Any]
         "fits": compiled.fits,
         "compile_seconds": round(compiled.seconds, 1),
         "collectives": sorted(sums.values(), key=lambda entry: -entry["bytes"]),
-        "estimate": estimate(run, topology, compiled) if compiled.fits else None,
+        "estimate": estimate(run, topology, compiled, usd_per_chip_hour) if compiled.fits else None,
     }
 
 
@@ -286,7 +290,7 @@ def describe(told: dict[str, Any]) -> str:
         "estimate: a roofline from published peak rates, a bound and no prediction; start, evaluation and saving not counted",
         f"  a step  {seconds}; bound by {estimate['bound_by']}, MFU at most {estimate['mfu']:.0%}",
         f"  the run at least {estimate['run_seconds'] / 60:,.1f} minutes{cost}; its real tokens at {estimate['run_mfu']:.0%} MFU at most",
-        f"  tokens  {estimate['tokens_per_chip']:,.0f} a chip and step; compute-bound above about {estimate['tokens_per_chip_compute_bound']:,.0f}",
+        f"  tokens  {estimate['tokens_per_chip']:,.0f} a chip each time its weights come together; compute-bound above about {estimate['tokens_per_chip_compute_bound']:,.0f}",
     ]
     return "\n".join(lines)
 
