@@ -232,15 +232,15 @@ def test_the_gradient_that_the_loss_makes_is_the_plain_formulas(
 
 @pytest.mark.parametrize("tokens", [87, 128, 255])
 def test_a_mean_turns_no_gradient_by_the_rounding_of_its_count(tokens: int) -> None:
-    """Law: in bfloat16 the gradients of a mean over n tokens, seen along the float32 ones, are as long as those: 1 / n goes in with the
-    weights, unrounded, and what comes after only has the rounding of each number."""
+    """Law: in bfloat16 the gradients of a mean over n tokens, seen along the float32 ones, are as long as those: 1 / n comes in unrounded,
+    before the gradients are rounded."""
     rng = np.random.default_rng(tokens)
     hidden_BTD, head_DV = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((2, 128, 64), (64, 96)))
     targets_BT = jnp.asarray(rng.integers(0, 96, (2, 128)), jnp.int32)
-    weights_BT = jnp.asarray((np.arange(256) < tokens).reshape(2, 128), jnp.float32) / tokens
+    weights_BT = jnp.asarray((np.arange(256) < tokens).reshape(2, 128), jnp.float32)
 
     def gradients(dtype: str) -> list[np.ndarray]:
-        loss = lambda hidden, head: loss_module.cross_entropy(hidden, head, targets_BT, weights_BT, "DV", None)  # noqa: E731
+        loss = lambda hidden, head: loss_module.cross_entropy(hidden, head, targets_BT, weights_BT, "DV", None) / tokens  # noqa: E731
         return [np.asarray(gradient, np.float64) for gradient in jax.grad(loss, (0, 1))(hidden_BTD.astype(dtype), head_DV.astype(dtype))]
 
     for got, want in zip(gradients("bfloat16"), gradients("float32"), strict=True):

@@ -31,11 +31,12 @@ def cross_entropy(hidden_BTD: jax.Array, head: jax.Array, targets_BT: jax.Array,
 
 def _forward(hidden_BTD: jax.Array, head: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, dims: str, mesh: Mesh | None) -> tuple[jax.Array, Any]:
     loss, *gradients = _scan(hidden_BTD, head, targets_BT, weights_BT, dims, mesh, gradients=True)
-    return loss, tuple(gradients)
+    return loss, [(gradient, jnp.zeros((), array.dtype)) for gradient, array in zip(gradients, (hidden_BTD, head), strict=True)]
 
 
-def _backward(dims: str, mesh: Mesh | None, gradients: tuple[jax.Array, jax.Array], scale: jax.Array) -> tuple[jax.Array, jax.Array, None, None]:
-    hidden_gradient, head_gradient = ((gradient.astype(scale.dtype) * scale).astype(gradient.dtype) for gradient in gradients)  # else the scale is rounded first
+def _backward(dims: str, mesh: Mesh | None, gradients: Any, scale: jax.Array) -> tuple[jax.Array, jax.Array, None, None]:
+    # scaled before they are rounded: 1 / n rounded, or numbers rounded twice, would turn all of them the same way
+    hidden_gradient, head_gradient = ((gradient * scale).astype(like.dtype) for gradient, like in gradients)
     return hidden_gradient, head_gradient, None, None
 
 
@@ -45,7 +46,7 @@ cross_entropy.defvjp(_forward, _backward)
 def _scan(
     hidden_BTD: jax.Array, head: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, dims: str, mesh: Mesh | None, gradients: bool
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """The loss and, where asked for, its gradients by hidden states (B, T, D) and head (`dims`)."""
+    """The loss and, where asked for, its gradients by hidden states (B, T, D) and head (`dims`), all in at least float32."""
     B, T, D = hidden_BTD.shape
     wide = jnp.promote_types(hidden_BTD.dtype, jnp.float32)
     whole_head = gathered(head, dims, hidden_BTD.dtype, mesh)
@@ -61,7 +62,7 @@ def _scan(
             return (loss, None), None
         errors_BTV = ((jnp.exp(scores_BTV - total_BT[..., None]) - chosen_BTV.astype(wide)) * weights_BT[..., None]).astype(hidden_BTD.dtype)
         head_gradient = sums[1] + jnp.einsum(f"BTD,BTV->{dims}", hidden_BTD, errors_BTV, preferred_element_type=wide)
-        return (loss, head_gradient), jnp.einsum(f"BTV,{dims}->BTD", errors_BTV, whole_head)
+        return (loss, head_gradient), jnp.einsum(f"BTV,{dims}->BTD", errors_BTV, whole_head, preferred_element_type=wide)
 
     chunks = chunks_of(T, -(-B // (1 if mesh is None else batch_rows(mesh.shape))))
     sums: Sums = (jnp.zeros((), wide), jnp.zeros(head.shape, wide) if gradients else None)
@@ -74,7 +75,7 @@ def _scan(
     if sums[1] is None:
         return sums[0], None, None
     # added up over the devices before the layers' backward pass starts, which does not wait for it and would leave it whole till the end
-    return sums[0], *jax.lax.optimization_barrier((hidden_gradient_BTD, constrain(sums[1], dims, mesh).astype(head.dtype)))
+    return sums[0], *jax.lax.optimization_barrier((hidden_gradient_BTD, constrain(sums[1], dims, mesh)))
 
 
 def chunks_of(T: int, rows: int) -> int:

@@ -7,7 +7,7 @@ are added up.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -132,9 +132,8 @@ class Trainer:
         wide = partial(jnp.promote_types, jnp.float32)  # losses and parts are added up in no less, whatever each is in
 
         def part_loss(params: Params, part: PackedBatch) -> jax.Array:
-            # the mean's share of each token goes in with its weight: to scale gradients of bfloat16 afterwards would round them once more
-            weights_BT = part.weights_BT.astype(wide(self.dtype)) / trained.astype(wide(self.dtype))
-            return summed_loss(self.model, params, replace(part, weights_BT=weights_BT), self.compute)
+            total = summed_loss(self.model, params, part, self.compute)
+            return total / trained.astype(total.dtype)
 
         def of_part(part: PackedBatch) -> tuple[jax.Array, Params]:
             loss, gradients = jax.value_and_grad(part_loss)(params, part)
