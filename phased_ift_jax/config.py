@@ -185,7 +185,7 @@ class TrainingConfig(Section):
 class MeshConfig(Section):
     """Devices along each axis; at most one axis is -1 and takes those that remain."""
 
-    data: int = Field(1, ge=-1, description="copies of the model")
+    data: int = Field(1, ge=-1, description="copies of the model; over several TPU slices, the axis between them")
     fsdp: int = Field(-1, ge=-1, description="shards of weights, optimizer state and batch")
     tensor: int = Field(1, ge=-1, description="shards of heads, feed-forward and vocabulary")
 

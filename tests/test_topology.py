@@ -231,7 +231,7 @@ def test_a_topology_that_is_none_is_refused(name, slices, refusal):
 @needs_libtpu
 def test_chips_of_every_kind():
     """A device is a chip: two cores of a v4 are one; and each generation is found in the table by JAX's name of it."""
-    for name, count in (("v4:2x2x2", 8), ("v5e:2x4", 8), ("v5p:2x2x4", 16), ("v6e:4x4", 16)):
+    for name, count in (("v4:2x2x2", 8), ("v5e:1x1", 1), ("v5e:2x4", 8), ("v5p:2x2x4", 16), ("v6e:4x4", 16)):
         topology = topologies.topology_of(name)
         assert len(topology.devices) == count
         assert topology.chip.links(topology.shape) > 0

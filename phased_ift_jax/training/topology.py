@@ -91,6 +91,7 @@ def topology_of(text: str, slices: int = 1) -> Topology:
     from jax.experimental.topologies import get_topology_desc
 
     more: dict[str, Any] = ({"num_slices": slices} if slices > 1 else {}) | ({"chip_config_name": "megacore"} if name == "v4" else {})
+    more |= {"chips_per_host_bounds": (1, 1, 1)} if max(shape) == 1 else {}  # else libtpu takes hosts for whole
     try:
         devices = get_topology_desc(platform="tpu", topology_name=f"{name}:{sizes}", **more).devices
     except jax.errors.JaxRuntimeError as error:
