@@ -21,6 +21,9 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import google_crc32c
+import pytest
+
+from phased_ift_jax import object_store
 
 PAGE = 50  # names of a page, so that every listing of a run has several
 
@@ -309,3 +312,14 @@ def serving(*buckets: str) -> Iterator[FakeGCS]:
 def environment(gcs: FakeGCS) -> dict[str, str]:
     """What leads the clients of a process to this server; tensorstore reads it once."""
     return {"STORAGE_EMULATOR_HOST": gcs.url, "TENSORSTORE_GCS_HTTP_URL": gcs.url, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "made-up"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[FakeGCS]:
+    """One for all tests of a file: tensorstore reads its address once for each client."""
+    with serving("bucket") as gcs, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(gcs).items():
+            patch.setenv(name, value)
+        object_store._client.cache_clear()
+        yield gcs
+        object_store._client.cache_clear()

@@ -10,11 +10,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import fake_gcs
 import pytest
+from fake_gcs import server  # noqa: F401
 from test_processes import Pod
 from test_run import Crash, assert_same_result, crash_in_step, final_weights, make_config, metrics, rows, train, undisturbed  # noqa: F401
 
@@ -33,19 +33,8 @@ pytestmark = pytest.mark.usefixtures("compilation_cache")
 ADDRESS = "gs://bucket/runs/run"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[fake_gcs.FakeGCS]:
-    """One for all: tensorstore reads its address once in a process."""
-    with fake_gcs.serving("bucket") as gcs, pytest.MonkeyPatch.context() as patch:
-        for name, value in fake_gcs.environment(gcs).items():
-            patch.setenv(name, value)
-        object_store._client.cache_clear()
-        yield gcs
-        object_store._client.cache_clear()
-
-
 @pytest.fixture
-def gcs(server, monkeypatch, tmp_path) -> fake_gcs.FakeGCS:
+def gcs(server, monkeypatch, tmp_path) -> fake_gcs.FakeGCS:  # noqa: F811
     """An empty bucket, a machine that has never seen a run, and no patience."""
     server.buckets["bucket"].clear()
     server.faults.clear()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import fake_gcs
 import jax
 import numpy as np
 import pytest
+from fake_gcs import server  # noqa: F401
 from test_run import ROOT, assert_same_result, make_config, rows, train, undisturbed  # noqa: F401
 
 from phased_ift_jax import config as config_module
@@ -36,19 +36,8 @@ pytestmark = pytest.mark.usefixtures("compilation_cache")
 QUICK = ROOT / "configs/quickstart"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[fake_gcs.FakeGCS]:
-    """One for all: tensorstore reads its address once in a process."""
-    with fake_gcs.serving("bucket") as gcs, pytest.MonkeyPatch.context() as patch:
-        for name, value in fake_gcs.environment(gcs).items():
-            patch.setenv(name, value)
-        object_store._client.cache_clear()
-        yield gcs
-        object_store._client.cache_clear()
-
-
 @pytest.fixture
-def gcs(server, monkeypatch, tmp_path) -> fake_gcs.FakeGCS:
+def gcs(server, monkeypatch, tmp_path) -> fake_gcs.FakeGCS:  # noqa: F811
     """An empty bucket, a machine that has never seen it, and no patience."""
     server.buckets["bucket"].clear()
     server.faults.clear()
