@@ -249,6 +249,25 @@ def test_what_does_not_fit_is_said_before_anything_is_compiled_in_vain(rows, tmp
     assert all("weights, moments and gradients alone take" in line for line in lines)
 
 
+def test_a_refusal_for_want_of_memory_is_understood():
+    """In both ways in which libtpu says it; any other refusal is none of memory."""
+    of_all = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm. Exceeded hbm capacity by 1.75G."
+    of_temporaries = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (28.84G) exceeds available HBM (15.75G)."
+    assert topologies.memory_needed(of_all, 5) == int(17.5 * 2**30)
+    assert topologies.memory_needed(of_temporaries, 5) == int(28.84 * 2**30) + 5
+    assert topologies.memory_needed("INTERNAL: Mosaic failed to compile TPU kernel", 5) is None
+
+
+@needs_libtpu
+def test_rows_too_long_for_a_chip_are_told_so():
+    """libtpu's own refusal, of a step whose temporaries alone are too many."""
+    topology = topologies.topology_of("v5e:2x2")
+    trainer = Trainer(SMALL, TrainingConfig(), make_mesh(MeshConfig(), topology.devices), dtype="bfloat16")
+    found = topologies.compile_shape(trainer, topology, 256, 2048)
+    assert not found.fits
+    assert found.peak > topology.chip.memory
+
+
 def planned(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "phased_ift_jax.plan", *map(str, words)], capture_output=True, text=True, timeout=900, cwd=ROOT, check=False)
 
@@ -272,7 +291,7 @@ def test_the_plan_for_a_topology(rows, tmp_path):  # noqa: F811
     assert estimate["step_seconds"]["network"] == 0
     assert 0 < estimate["mfu"] < 1
     assert estimate["usd"] == pytest.approx(estimate["run_seconds"] / 3600 * 4 * 1.2)
-    assert any("fewer chips would be nearly as fast" in finding["text"] for finding in run["findings"])  # a toy on four chips
+    assert any("fewer chips would cost less" in finding["text"] for finding in run["findings"])  # a toy on four chips
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def topology_of(text: str, slices: int = 1) -> Topology:
     """
     name, _, sizes = text.lower().partition(":")
     if name not in TPUS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
-        raise UserError(f"--topology: {text!r} is not CHIP:SHAPE, such as v5e:4x4 or v5p:2x2x4; chips are {', '.join(TPUS)}")
+        raise UserError(f"--topology: {text!r} is not CHIP:SHAPE, such as v5e:4x4 (gcloud's v5litepod-16) or v5p:2x2x2 (its v5p-16); chips are {', '.join(TPUS)}")
     shape = tuple(map(int, sizes.split("x")))
     if len(shape) != TPUS[name].axes:
         raise UserError(f"--topology: slices of {name} have {TPUS[name].axes} axes, and {sizes} has {len(shape)}; {'2x2x4' if TPUS[name].axes == 3 else '4x4'} would do")
@@ -95,7 +95,8 @@ def topology_of(text: str, slices: int = 1) -> Topology:
     try:
         devices = get_topology_desc(platform="tpu", topology_name=f"{name}:{sizes}", **more).devices
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"--topology: libtpu knows no {text}: {str(error).splitlines()[0]}") from None
+        such = "2x2x2, 2x2x4 or 4x4x4" if TPUS[name].axes == 3 else "1x1, 2x2, 2x4 or 4x4"
+        raise UserError(f"--topology: libtpu knows no {text}: {str(error).splitlines()[0]}; slices are such as {such}") from None
     return Topology(name, shape, slices, list(devices))
 
 
@@ -105,7 +106,7 @@ def examine(run: Survey, topology: Topology, usd_per_chip_hour: float | None, sa
     compiled = compile_step(run, topology)
     told = facts(run, topology, compiled, usd_per_chip_hour) | {"would_fit": None}
     if not compiled.fits:
-        text = f"the step needs {_gib(compiled.peak)} of a {topology.name} chip's {_gib(topology.chip.memory)}"
+        text = f"the step needs {'' if compiled.seconds else 'at least '}{_gib(compiled.peak)} of a {topology.name} chip's {_gib(topology.chip.memory)}"
         say(f"{text}; trying what would fit, one compilation each")
         found = what_fits(run, topology, say)
         if found is None:
@@ -115,12 +116,14 @@ def examine(run: Survey, topology: Topology, usd_per_chip_hour: float | None, sa
         return told, [Finding(True, f"{text}; {' '.join(f'--{key} {value}' for key, value in changes.items())} would do, with {_gib(fitting.peak)}")]
     estimate = told["estimate"]
     tokens, enough = estimate["tokens_per_chip"], estimate["tokens_per_chip_compute_bound"]
-    text = f"a chip gets {tokens:,.0f} tokens each time its weights come together; below about {enough:,.0f} it waits for them: fewer chips would be nearly as fast"
+    text = f"a chip gets {tokens:,.0f} tokens each time its weights come together; below about {enough:,.0f} it waits for them: fewer chips would cost less"
     return told, [Finding(False, text)] if tokens < enough else []
 
 
 def compile_step(run: Survey, topology: Topology) -> Compiled:
-    """Compile the run's step of its longest rows; raises as `compile_shape` does."""
+    """Compile the run's step of its longest rows (raises as `compile_shape` does), unless weights, moments and gradients alone are too large."""
+    if (least := state_and_gradients(run, topology)) > topology.chip.memory:  # nothing to compile for
+        return Compiled(0, 0, 1, least, least, False, 0.0)
     longest = max(run.plan.phases, key=lambda phase: phase.shapes.lengths[-1] * phase.shapes.rows / phase.training.gradient_accumulation_steps)
     trainer = trainer_of(run.config.model, run.plan.model, longest.training, make_mesh(run.config.mesh, topology.devices))
     return compile_shape(trainer, topology, longest.shapes.rows, longest.shapes.lengths[-1], longest.training.gradient_accumulation_steps)
@@ -137,14 +140,23 @@ def compile_shape(trainer: Trainer, topology: Topology, rows: int, length: int, 
     try:
         program = trainer.lower_step(rows, length, parts).compile(compiler_options={**flags_for(topology.name)})
     except jax.errors.JaxRuntimeError as error:
-        if not (used := re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))):
+        needed = memory_needed(str(error), state)
+        if needed is None:
             raise Failure(f"libtpu cannot compile the step for {topology}: {' '.join(str(error).split())[:600]}") from error
-        peak = int(float(used[1]) * 1024 ** (1 + "KMGT".index(used[2])))
-        return Compiled(rows, length, parts, peak, state, False, time.monotonic() - started)
+        return Compiled(rows, length, parts, needed, state, False, time.monotonic() - started)
     seconds, memory, text = time.monotonic() - started, program.memory_analysis(), program.as_text()
     assert memory is not None
     assert text is not None
     return Compiled(rows, length, parts, memory.peak_memory_in_bytes, state, True, seconds, tuple(collectives(text, trainer.mesh.size // topology.slices)), text)
+
+
+def memory_needed(refusal: str, state: int) -> int | None:
+    """Bytes of a chip that libtpu's refusal to compile says are needed, or None where it refuses for another reason than memory."""
+    if used := re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", refusal):
+        return int(float(used[1]) * 1024 ** (1 + "KMGT".index(used[2])))
+    if used := re.search(r"HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM", refusal):  # what is handed over comes on top
+        return int(float(used[1]) * 1024 ** (1 + "KMGT".index(used[2]))) + state
+    return None
 
 
 def _shard_bytes(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> int:
@@ -163,11 +175,8 @@ def what_fits(run: Survey, topology: Topology, say: Callable[[str], None]) -> tu
             continue
         given |= change
         flags = " ".join(f"--{key} {value}" for key, value in given.items())
-        if (least := state_and_gradients(other, topology)) > topology.chip.memory:
-            say(f"{flags}: weights, moments and gradients alone take {least / GIB:.1f} GiB a chip")
-            continue
         found = compile_step(other, topology)
-        say(f"{flags}: {found.peak / GIB:.2f} GiB a chip")
+        say(f"{flags}: {'' if found.seconds else 'weights, moments and gradients alone take '}{_gib(found.peak)} a chip")
         if found.fits:
             return given, found
     return None
@@ -273,6 +282,8 @@ def describe(told: dict[str, Any]) -> str:
     """The facts of a topology, for people."""
     step, estimate = told["step"], told["estimate"]
     parts = f" in {step['parts']} parts" if step["parts"] > 1 else ""
+    if not step["rows"]:
+        return f"{told['topology']}: {told['chips']} chips of {_gib(told['memory_bytes'])}; weights, moments and gradients alone take {_gib(told['peak_bytes'])} of each"
     lines = [
         f"{told['topology']}: {told['chips']} chips; step of {step['rows']} rows of {step['length']} tokens{parts} compiled in {told['compile_seconds']:.0f} s",
         f"memory  {_gib(told['peak_bytes'])} of {_gib(told['memory_bytes'])} a chip, {_gib(told['state_bytes_per_chip'])} of it weights and moments: "
