@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phased_ift_jax import cli, compilation_cache, processes
+from phased_ift_jax import cli, processes
 from phased_ift_jax.interrupts import STOPPED, Stop, Stopped, listening, unbroken
 from phased_ift_jax.object_store import SCHEME
 from phased_ift_jax.records import UserError
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> int:
     """Parse, prepare, print the plan, train, print what was learnt and forgotten."""
     with listening() as stop, unbroken():  # before anything heavy is imported: a machine may be taken away at once
+        from phased_ift_jax import compilation_cache
+
         run_config, fresh, profile = parse(argv)
         flags = set_flags(run_config.training.deterministic)
         compiled = compilation_cache.choose(run_config.output_dir, processes.several())
@@ -42,6 +44,7 @@ before = processes.supervise  # in a process of its own
 
 
 def _train(run_config: RunConfig, fresh: bool, profile: tuple[int, int] | None, flags: list[str], compiled: Path | None, stop: Stop) -> None:
+    from phased_ift_jax import compilation_cache
     from phased_ift_jax.config import dump
     from phased_ift_jax.evaluation.forgetting import ForgettingMatrix
     from phased_ift_jax.training import loop  # jax and what it brings: not before the command line is known to be sound

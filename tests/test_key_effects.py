@@ -203,7 +203,7 @@ SHORT = {"curriculum.order": [1, 2], "training.num_train_epochs": 1, "data.eval_
 def test_output_dir_and_the_defaults_of_a_run(base, tmp_path):
     _, told = train(changed(base, SHORT | {"output_dir": str(tmp_path / "here")}))
     written = {"checkpoints", "config.yaml", "forgetting.json", "hf", "metrics.jsonl", "newest_checkpoint", "plan.json", "quarantine.jsonl", "tensorboard"}
-    assert {path.name for path in (tmp_path / "here").iterdir()} == written | {"trained_ids.jsonl", ".lock"}
+    assert {path.name for path in (tmp_path / "here").iterdir()} == written | {"trained_ids.jsonl", "seconds.jsonl", "starts.jsonl", ".lock"}
     assert not told["base"].answers
     assert len(list((tmp_path / "here/hf").iterdir())) == 2
     assert json.loads((tmp_path / "here/hf/1-stage1/config.json").read_text())["torch_dtype"] == "float32"

@@ -499,7 +499,7 @@ def test_tensorboard_has_every_step_that_a_checkpoint_has(rows, tmp_path):
 
     books = Books(tmp_path, make_config(rows, tmp_path).logging, (0, 0), {})
     for step in range(1, 6):
-        books.write({"phase": "easy", "phase_index": 1, "step": step, "global_step": step, "loss": 1.0 / step}, ["1"])
+        books.write({"phase": "easy", "phase_index": 1, "step": step, "global_step": step, "loss": 1.0 / step, "seconds": 0.1}, ["1"])
     books.settle()
     [file] = (tmp_path / "tensorboard").rglob("events.*")
     content, at, steps = file.read_bytes(), 0, set()
