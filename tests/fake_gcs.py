@@ -323,3 +323,11 @@ def server() -> Iterator[FakeGCS]:
         object_store._client.cache_clear()
         yield gcs
         object_store._client.cache_clear()
+
+
+def empty(server: FakeGCS, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing in the bucket, no fault to come, and a client that soon gives up."""
+    server.buckets["bucket"].clear()
+    server.faults.clear()
+    server.asked.clear()
+    monkeypatch.setattr(object_store, "PATIENCE", 2.0)

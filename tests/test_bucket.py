@@ -36,10 +36,7 @@ ADDRESS = "gs://bucket/runs/run"
 @pytest.fixture
 def gcs(server, monkeypatch, tmp_path) -> fake_gcs.FakeGCS:  # noqa: F811
     """An empty bucket, a machine that has never seen a run, and no patience."""
-    server.buckets["bucket"].clear()
-    server.faults.clear()
-    server.asked.clear()
-    monkeypatch.setattr(object_store, "PATIENCE", 2.0)
+    fake_gcs.empty(server, monkeypatch)
     monkeypatch.setenv("PHASED_IFT_RUN_ID", "this-run")
     move(monkeypatch, tmp_path, "machine")
     return server

@@ -39,10 +39,7 @@ QUICK = ROOT / "configs/quickstart"
 @pytest.fixture
 def gcs(server, monkeypatch, tmp_path) -> fake_gcs.FakeGCS:  # noqa: F811
     """An empty bucket, a machine that has never seen it, and no patience."""
-    server.buckets["bucket"].clear()
-    server.faults.clear()
-    server.asked.clear()
-    monkeypatch.setattr(object_store, "PATIENCE", 2.0)
+    fake_gcs.empty(server, monkeypatch)
     monkeypatch.setenv("PHASED_IFT_WORK", str(tmp_path / "work"))
     monkeypatch.setenv("PHASED_IFT_RUN_ID", "this-machine")
     return server
