@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from phased_ift_jax.data.readers import read
-from phased_ift_jax.records import InstructionRecord, ScoredRecord, Turn, UserError
+from phased_ift_jax.data.row_kinds import NO_INPUT, Ids, record_of, row_of
+from phased_ift_jax.records import InstructionRecord, ScoredRecord, Source, Turn, UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 GARDEN, BREW = Turn("Name a flower", "A rose.\nRed."), Turn('Say "hi", twice', "hi, hi")
@@ -234,6 +235,19 @@ def test_append_period_ends_raw_triples_and_touches_nothing_else(tmp_path: Path)
     for shape in set(SHAPES) - {"triple", "response"}:
         other = write(tmp_path / "b.jsonl", [SHAPES[shape](GARDEN)])
         assert content(other, append_period=True) == content(other)
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+WORDS = TEXT.filter(str.strip)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(WORDS, TEXT), min_size=1, max_size=3), TEXT, TEXT)
+def test_a_written_row_is_read_as_the_same_record(turns: list[tuple[str, str]], system: str, given_input: str) -> None:
+    assume(not NO_INPUT.fullmatch(given_input.strip()) and (not given_input or given_input.strip()))
+    said = tuple(Turn(instruction, response, given_input if len(turns) == 1 else "") for instruction, response in turns)
+    record = InstructionRecord("7", said, Source("x.jsonl", 1), system)
+    assert record_of(json.loads(json.dumps(row_of(record))), record.source, Ids(), append_period=False) == record
 
 
 def test_a_folder_a_glob_and_a_list_give_files_in_order(tmp_path: Path) -> None:

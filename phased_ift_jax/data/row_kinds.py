@@ -59,6 +59,18 @@ def record_of(row: Any, source: Source, ids: Ids, append_period: bool) -> Instru
     return record if difficulty is None else ScoredRecord(record, difficulty)
 
 
+def row_of(record: InstructionRecord) -> dict[str, Any]:
+    """A row that `record_of` reads as this record again: an Alpaca triple where the record is one, else a chat."""
+    turn = record.turns[0]
+    if len(record.turns) == 1:
+        row = {"id": record.id, "instruction": turn.instruction, "input": turn.input, "output": turn.response}
+        return row | ({"system": record.system} if record.system else {})
+    said = [{"role": "system", "content": record.system}] if record.system else []
+    for turn in record.turns:
+        said += [{"role": "user", "content": turn.instruction}, {"role": "assistant", "content": turn.response}]
+    return {"id": record.id, "messages": said}
+
+
 def _shape(row: dict[str, Any]) -> Callable[[dict[str, Any]], Content]:
     present = {key for key, value in row.items() if value is not None}
     for keys, shape in SHAPES:
