@@ -19,6 +19,7 @@ from typing import NoReturn
 from phased_ift_jax.records import Failure, UserError
 
 VERBS = {
+    "split": "put scored data into phases: thresholds, a picture, phases.json",
     "train": "train a model in phases, or at once",
     "plan": "what a run will do, before it does it",
     "convert": "models between Hugging Face folders and orbax checkpoints",

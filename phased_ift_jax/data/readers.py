@@ -26,7 +26,8 @@ from phased_ift_jax.records import InstructionRecord, Quarantined, Reading, Scor
 
 KEY = "data.path"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-Rows = Iterator[tuple[int, Any]]  # the 1-based line and the row there, or the `BadRow` that stands in its place
+PHASES = "phases"  # in the metadata of a TFDS folder that `split` has written: the splits that are phases, in their order
+Rows = Iterator[tuple[int | Source, Any]]  # the 1-based line (or source) and the row there, or the `BadRow` that stands in its place
 
 
 def read(paths: str | Sequence[str], split: str = "train", append_period: bool = False) -> Reading:
@@ -42,17 +43,19 @@ def read(paths: str | Sequence[str], split: str = "train", append_period: bool =
     records: list[InstructionRecord | ScoredRecord] = []
     quarantined: list[Quarantined] = []
     ids = Ids()
+    files: list[str] = []
     for path, rows in _places([paths] if isinstance(paths, str) else paths, split):
         before = len(records) + len(quarantined)
+        files += _phases(path, split) or [path]
         for line, row in rows:
-            source = Source(path, line)
+            source = line if isinstance(line, Source) else Source(path, line)
             try:
                 records.append(record_of(row, source, ids, append_period))
             except BadRow as reason:
                 quarantined.append(Quarantined(source, id_or_none(row), str(reason)))
         if len(records) + len(quarantined) == before:
             raise UserError(f"data.path: '{path}' has no rows")
-    return Reading(tuple(records), tuple(quarantined))
+    return Reading(tuple(records), tuple(quarantined), tuple(files))
 
 
 # --- places: what a path names -------------------------------------------------------------------------------------------------
@@ -326,15 +329,37 @@ def _tfds(name: str, split: str) -> Rows:
         raise UserError(f"data.path: no dataset_info.json in '{name}'{hint}")
     if not is_folder and name.startswith(("/", ".", "~")):
         raise UserError(f"data.path: no such folder '{name}'{_nearest(folder)}")
+    phases = _phases(f"tfds:{name}", "all")
     try:
-        source = tfds.builder_from_directory(folder).as_data_source(split=split) if is_folder else tfds.data_source(name, split=split)
+        builder = tfds.builder_from_directory(folder) if is_folder else None
+        parts = list(builder.info.splits) if builder and phases and split == "all" else [split]
+        sources = [(part, builder.as_data_source(split=part) if builder else tfds.data_source(name, split=part)) for part in parts]
     except Exception as error:  # the border to TFDS: unknown names, unknown splits, files of another format
-        raise UserError(f"data.path: TFDS dataset '{name}', split '{split}': {_one_line(error)}") from None
+        hint = "; its phases are read with data.split: all" if phases else ""
+        raise UserError(f"data.path: TFDS dataset '{name}', split '{split}': {_one_line(error)}{hint}") from None
+    if phases and split == "all":  # in the order in which they were before they were split
+        rows = [(row, Source(f"tfds:{name}/{part}", line)) for part, source in sources for line, row in _tfds_rows(source)]
+        yield from ((source, row) for row, source in sorted(rows, key=lambda pair: pair[0]["position"]))
+    else:
+        yield from _tfds_rows(sources[0][1])
+
+
+def _tfds_rows(source: Any) -> Iterator[tuple[int, Any]]:
     for index in range(len(source)):
         try:
-            yield index + 1, _plain(source[index])
+            # TFDS knows no null: a list without entries stands for it
+            yield index + 1, {key: value for key, value in _plain(source[index]).items() if value not in ([], {"role": [], "content": []})}
         except UnicodeDecodeError:
             yield index + 1, BadRow("invalid UTF-8")
+
+
+def _phases(path: str, split: str) -> list[str]:
+    """The sources of the phases, easiest first, where all of a TFDS folder that `split` has written is read; else none."""
+    try:
+        with open(os.path.join(os.path.expanduser(path.removeprefix("tfds:")), "metadata.json"), encoding="utf-8") as file:
+            return [f"{path}/{name}" for name in json.load(file)[PHASES]] if path.startswith("tfds:") and split == "all" else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _plain(value: Any) -> Any:
