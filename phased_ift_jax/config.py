@@ -74,7 +74,7 @@ class DataConfig(Section):
 class Bins(Section):
     """How rows are put into bins of difficulty: `by` a measure, or `from` a file that lists them; exactly one."""
 
-    by: Literal["score", "file", "length"] | None = Field(None, description="score of the row, file (of phases in TFDS: split) it was read from, or length of the response in tokens")
+    by: Literal["score", "file", "length"] | None = Field(None, description="score of the row, file (TFDS: split) it was read from, or length of the response in tokens")
     thresholds: tuple[float, ...] | None = Field(None, description="bounds between bins, rising: [1.5, 3.5] makes [min, 1.5), [1.5, 3.5), [3.5, max]")
     quantiles: tuple[Share, ...] | None = Field(None, description="instead of thresholds: shares of the rows below each bound, such as [0.585, 0.869]")
     from_: str | None = Field(None, alias="from", description="phases.json with the ids of each bin, or its address gs://...")

@@ -81,7 +81,7 @@ def _chosen(args: Any, scores: Scores) -> tuple[tuple[float, ...], dict[str, Any
 
     if args.auto is not None:
         found = splitting.found(scores, args.auto)
-        terms = {"depths": found.depths, "unevenness": found.unevenness, "cost": found.cost, "bandwidth": scores.bandwidth}
+        terms = {"saddles": found.saddles, "unevenness": found.unevenness, "cost": found.cost, "bandwidth": scores.bandwidth}
         return found.thresholds, {"by": "auto", "asked": args.auto, **terms}
     if args.thresholds:
         return splitting.at_values(scores, args.thresholds), {"by": "thresholds", "asked": args.thresholds}
@@ -151,7 +151,7 @@ def _how(chosen: dict[str, Any]) -> str:
         return " / ".join(f"{share:.1%}" for share in shares)
 
     if chosen["by"] == "auto":
-        return f"auto {chosen['asked']}, valleys {' '.join(f'{depth:.2f}' for depth in chosen['depths'])}, unevenness {chosen['unevenness']:.2f}"
+        return f"auto {chosen['asked']}, saddles {' '.join(f'{saddle:.2f}' for saddle in chosen['saddles'])}, unevenness {chosen['unevenness']:.2f}"
     if chosen["by"] == "thresholds":
         return "by value"
     return f"by {chosen['by']}, {percent(chosen['asked'])} asked, {percent(chosen['achieved'])} had"
@@ -159,11 +159,11 @@ def _how(chosen: dict[str, Any]) -> str:
 
 def _table(bins: Sequence[dict[str, Any]], thresholds: Sequence[float]) -> str:
     means = [key for key in ("mean_score", "mean_tokens", "mean_words", "mean_characters") if key in bins[0]]
-    starts = [bins[0]["lowest"], *thresholds]
-    ends = [f"{threshold!r})" for threshold in thresholds] + [f"{bins[-1]['highest']!r}]"]
+    edges = [f"{bins[0]['lowest']:g}", *map(repr, thresholds), f"{bins[-1]['highest']:g}"]
     rows: list[list[str]] = [["bin", "rows", "share", "scores", *(key.replace("_", " ") for key in means)]]
-    for facts, start, end in zip(bins, starts, ends, strict=True):
-        rows.append([facts["name"], f"{facts['rows']:,}", f"{facts['share']:.1%}", f"[{start!r}, {end}", *(f"{facts[key]:,.{2 if key == 'mean_score' else 1}f}" for key in means)])
+    for facts, start, end in zip(bins, edges, edges[1:], strict=False):
+        interval = f"[{start}, {end}{']' if facts is bins[-1] else ')'}"
+        rows.append([facts["name"], f"{facts['rows']:,}", f"{facts['share']:.1%}", interval, *(f"{facts[key]:,.{2 if key == 'mean_score' else 1}f}" for key in means)])
     return cli.table(rows)
 
 

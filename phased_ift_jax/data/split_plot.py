@@ -60,7 +60,9 @@ def draw(scores: Scores, thresholds: Sequence[float], names: Sequence[str], titl
     for threshold, share in zip(thresholds, below, strict=True):
         for panel in (top, bottom):
             panel.axvline(threshold, color=CUT, linewidth=1.2, linestyle="--")
-        bottom.annotate(f"{threshold:g}: {share:.1%} below", (threshold, share), (5, -13), textcoords="offset points", color=CUT, fontsize=9, path_effects=halo)
+        # right of the line and under the curve, or, near the border, left of it and above
+        place = {"xytext": (5, -13)} if threshold < borders[0] + 0.8 * span else {"xytext": (-5, 5), "ha": "right"}
+        bottom.annotate(f"{threshold:g}: {share:.1%} below", (threshold, share), **place, textcoords="offset points", color=CUT, fontsize=9, path_effects=halo)
     for panel in (top, bottom):
         panel.yaxis.set_major_formatter(percent)
     written = []

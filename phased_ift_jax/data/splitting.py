@@ -6,10 +6,10 @@ the scores alone, not on their order.
 
 `found` answers what the paper leaves open, thresholds that need no eye and make stages alike in size. It takes, of all ways to put K - 1 cuts, the one of
 
-    least  cost = 1/(K-1) sum_k depth(t_k)  -  1/K sum_k ln(K p_k)
+    least  cost = 1/(K-1) sum_k saddle(t_k)  -  1/K sum_k ln(K p_k)
 
 with p_k the share of the rows in bin k: the second term is the mean log of what a bin's size is of an equal share, 0 for equal sizes and without bound
-for an empty bin. depth is how shallow the valley is in which a cut lies, min over (a, b) of f / min(highest f to the left, highest f to the right):
+for an empty bin. saddle is how shallow the valley is in which a cut lies, min over (a, b) of f / min(highest f to the left, highest f to the right):
 0 in a gap between two peaks, 1 on a slope. f is the Gaussian kernel density that is drawn, with Scott's bandwidth, s n^(-1/5).
 """
 
@@ -73,8 +73,8 @@ class Scores:
     def allow(self, bins: int) -> None:
         """Raise `UserError` where there cannot be so many bins."""
         if bins > len(self.values):
-            only = ", ".join(f"{value:g}" for value in self.values)
-            raise UserError(f"split: {bins} bins cannot be had of {len(self.values)} distinct scores ({only}): equal scores are never parted; ask for fewer bins")
+            only = ", ".join([*(f"{value:g}" for value in self.values[:6]), *(["..."] if len(self.values) > 6 else [])])
+            raise UserError(f"split: {bins} bins cannot be had of {len(self.values)} distinct scores ({only}); equal scores are never parted; ask for fewer bins")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Found:
     """What `found` weighed: the terms of its cost."""
 
     thresholds: tuple[float, ...]
-    depths: tuple[float, ...]
+    saddles: tuple[float, ...]
     unevenness: float
     cost: float
 
@@ -95,7 +95,8 @@ def at_values(scores: Scores, thresholds: Sequence[float]) -> tuple[float, ...]:
     edges = [-np.inf, *thresholds, np.inf]
     for (low, high), count in zip(pairwise(edges), scores.bins(thresholds), strict=True):
         if not count:
-            raise UserError(f"split: no score is in [{low:g}, {high:g}); the scores go from {scores.values[0]:g} to {scores.values[-1]:g}")
+            where = " and ".join(word for word in (f"at least {low:g}", f"below {high:g}") if "inf" not in word)
+            raise UserError(f"split: no score is {where}; the scores go from {scores.values[0]:g} to {scores.values[-1]:g}")
     return tuple(map(float, thresholds))
 
 
@@ -117,31 +118,31 @@ def at_shares(scores: Scores, below: Sequence[float]) -> tuple[float, ...]:
 def found(scores: Scores, bins: int) -> Found:
     """The thresholds of least cost; raises `UserError` where there are fewer distinct scores than bins, or fewer than two bins."""
     if bins < 2:
-        raise UserError(f"split: {bins} bins need no threshold; ask for 2 or more")
+        raise UserError(f"split: {bins} bins are no split; ask for 2 or more")
     scores.allow(bins)
     gaps = np.diff(scores.values)
     ranks = np.linspace(0, len(gaps) - 1, MANY).astype(np.int64)
     weighed = np.union1d(ranks, np.argsort(-gaps, kind="stable")[:MANY]) if len(gaps) > 2 * MANY else np.arange(len(gaps))
-    shares, depths = scores.below[weighed], _depths(scores)[weighed]
+    shares, saddles = scores.below[weighed], _saddles(scores)[weighed]
 
     def uneven(part: np.ndarray) -> np.ndarray:
         return -np.log(bins * np.where(part > 0, part, 0.0)) / bins
 
     with np.errstate(divide="ignore"):
-        cuts, cost = _cheapest(shares, np.tile(depths / (bins - 1), (bins - 1, 1)), uneven)
-    chosen = depths[list(cuts)]
+        cuts, cost = _cheapest(shares, np.tile(saddles / (bins - 1), (bins - 1, 1)), uneven)
+    chosen = saddles[list(cuts)]
     return Found(tuple(scores.threshold(weighed[cut]) for cut in cuts), tuple(chosen.tolist()), cost - float(chosen.mean()), cost)
 
 
-def _depths(scores: Scores) -> np.ndarray:
+def _saddles(scores: Scores) -> np.ndarray:
     """How shallow the valley of each cut is, shape (m - 1,): 0 is a gap between peaks, 1 a slope."""
     values = scores.values
     at = np.union1d(np.linspace(values[0], values[-1], 2 * MANY + 1), (values[1:] + values[:-1]) / 2)
     density = scores.density(at)
     saddle = density / np.minimum(np.maximum.accumulate(density), np.maximum.accumulate(density[::-1])[::-1])
-    depths = np.full(len(values) - 1, 1.0)
-    np.minimum.at(depths, np.clip(np.searchsorted(values, at, side="right") - 1, 0, len(depths) - 1), saddle)
-    return depths
+    saddles = np.full(len(values) - 1, 1.0)
+    np.minimum.at(saddles, np.clip(np.searchsorted(values, at, side="right") - 1, 0, len(saddles) - 1), saddle)
+    return saddles
 
 
 def _cheapest(below: np.ndarray, cut_costs: np.ndarray, bin_cost: Callable[[np.ndarray], np.ndarray]) -> tuple[tuple[int, ...], float]:
