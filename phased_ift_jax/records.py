@@ -74,7 +74,6 @@ class Reading:
 
     records: tuple[InstructionRecord | ScoredRecord, ...]
     quarantined: tuple[Quarantined, ...]
-    files: tuple[str, ...] = ()  # in the order given; of a TFDS folder of phases, these
 
     @property
     def rows(self) -> int:

@@ -51,7 +51,7 @@ def rows_of(scores: Sequence[float | None]) -> list[dict[str, Any]]:
 
 def reading_of(scores: Sequence[float | None]) -> Reading:
     records = [InstructionRecord(f"r{i}", (Turn("a", "b"),), Source("x", i)) for i in range(len(scores))]
-    return Reading(tuple(record if score is None else ScoredRecord(record, score) for record, score in zip(records, scores, strict=True)), (), ("x",))
+    return Reading(tuple(record if score is None else ScoredRecord(record, score) for record, score in zip(records, scores, strict=True)), ())
 
 
 def table_6(rows: int = 52_000, seed: int = 0) -> list[float]:

@@ -70,8 +70,8 @@ def prepare(data: DataConfig, curriculum: CurriculumConfig, seed: int, tokenizer
     examples = [result if isinstance(result, TokenizedExample) else None for result in results]
     if not any(examples):  # nothing to put in bins: the first row's fault says more than a complaint about scores or lengths
         _refuse_if_many([*reading.quarantined, *(result for result in results if isinstance(result, Quarantined))], reading.rows, data.max_quarantined)
-    used = {plain(record).source.path for record in records}
-    binning = assign_bins(curriculum.bins, records, examples, [file for file in reading.files if file in used])
+    files = readers.in_order(plain(record).source.path for record in records)
+    binning = assign_bins(curriculum.bins, records, examples, files)
     usable = np.array([example is not None for example in examples]) & (binning.bin_of > 0)
     truncated = np.array([example is not None and example.truncated for example in examples])
 

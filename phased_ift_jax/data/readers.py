@@ -43,10 +43,8 @@ def read(paths: str | Sequence[str], split: str = "train", append_period: bool =
     records: list[InstructionRecord | ScoredRecord] = []
     quarantined: list[Quarantined] = []
     ids = Ids()
-    files: list[str] = []
     for path, rows in _places([paths] if isinstance(paths, str) else paths, split):
         before = len(records) + len(quarantined)
-        files += _phases(path, split) or [path]
         for line, row in rows:
             source = line if isinstance(line, Source) else Source(path, line)
             try:
@@ -55,7 +53,13 @@ def read(paths: str | Sequence[str], split: str = "train", append_period: bool =
                 quarantined.append(Quarantined(source, id_or_none(row), str(reason)))
         if len(records) + len(quarantined) == before:
             raise UserError(f"data.path: '{path}' has no rows")
-    return Reading(tuple(records), tuple(quarantined), tuple(files))
+    return Reading(tuple(records), tuple(quarantined))
+
+
+def in_order(paths: Iterable[str]) -> list[str]:
+    """Paths of sources in the order of the bins that they make: as they come, but splits of a TFDS folder of phases as its phases come."""
+    groups = {path: _phases(path.rpartition("/")[0]) if path.startswith("tfds:") else [] for path in paths}
+    return list(dict.fromkeys(file for path, group in groups.items() for file in group or [path]))
 
 
 # --- places: what a path names -------------------------------------------------------------------------------------------------
@@ -329,7 +333,7 @@ def _tfds(name: str, split: str) -> Rows:
         raise UserError(f"data.path: no dataset_info.json in '{name}'{hint}")
     if not is_folder and name.startswith(("/", ".", "~")):
         raise UserError(f"data.path: no such folder '{name}'{_nearest(folder)}")
-    phases = _phases(f"tfds:{name}", "all")
+    phases = _phases(f"tfds:{name}")
     try:
         builder = tfds.builder_from_directory(folder) if is_folder else None
         parts = list(builder.info.splits) if builder and phases and split == "all" else [split]
@@ -353,11 +357,11 @@ def _tfds_rows(source: Any) -> Iterator[tuple[int, Any]]:
             yield index + 1, BadRow("invalid UTF-8")
 
 
-def _phases(path: str, split: str) -> list[str]:
-    """The sources of the phases, easiest first, where all of a TFDS folder that `split` has written is read; else none."""
+def _phases(path: str) -> list[str]:
+    """The sources that the phases of a TFDS folder are, easiest first, where `split` has written it; else none."""
     try:
         with open(os.path.join(os.path.expanduser(path.removeprefix("tfds:")), "metadata.json"), encoding="utf-8") as file:
-            return [f"{path}/{name}" for name in json.load(file)[PHASES]] if path.startswith("tfds:") and split == "all" else []
+            return [f"{path}/{name}" for name in json.load(file)[PHASES]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
