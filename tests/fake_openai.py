@@ -25,11 +25,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from email.utils import formatdate
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from fake_openai_batches import Batches, Refused, page
 
 TRANSPORT = ("retry_seconds", "retry_date", "server_error", "unavailable", "drop", "cut", "truncated", "stall", "late")
