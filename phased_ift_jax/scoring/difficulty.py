@@ -34,7 +34,7 @@ OWN_FILE = Path(__file__).with_name("difficulty_prompt.txt")
 RULE = re.compile(r"^={3,}[ \t]*\n", re.MULTILINE)
 NUMBERS = {
     False: "Each number may have decimals (such as 1.2 or 3.75) where an example lies between two levels.",
-    True: "Each number is a whole one: 1, 2, 3, 4 or 5.",
+    True: "Each number is a whole one, 1, 2, 3, 4 or 5: the nearest, where an example lies between two levels.",
 }
 
 
@@ -262,7 +262,7 @@ def _expected(tokens: list[Mapping[str, Any]], text: str) -> Reading:
 def _tokens(reply: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The tokens of a reply with their log-probabilities; none if any is not of the shape that is documented."""
     try:
-        tokens = [{**token, "top_logprobs": list(token["top_logprobs"])} for token in reply["choices"][0]["logprobs"]["content"]]
+        tokens: list[Mapping[str, Any]] = [{**token, "top_logprobs": list(token["top_logprobs"])} for token in reply["choices"][0]["logprobs"]["content"]]
         one_by_one = [one for token in tokens for one in (token, *token["top_logprobs"])]
         sound = all(isinstance(one["token"], str) and isinstance(one["logprob"], int | float) and one["logprob"] <= 0.001 for one in one_by_one)
     except (TypeError, KeyError, IndexError, AttributeError):
