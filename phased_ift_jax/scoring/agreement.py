@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Scores = Sequence[float] | np.ndarray
-SAME = 1e-9  # scores that differ by less are equal: means of decimals differ in their last bits
 
 
 class Figure(NamedTuple):
@@ -38,7 +37,7 @@ def pairs(a: Scores, b: Scores) -> tuple[np.ndarray, np.ndarray]:
 def exact(a: Scores, b: Scores) -> Figure:
     """Share of pairs that are equal."""
     one, other = pairs(a, b)
-    return _mean(np.abs(one - other) < SAME)
+    return _mean(one == other)
 
 
 def quadratic_weighted_kappa(a: Scores, b: Scores) -> Figure:
@@ -47,16 +46,20 @@ def quadratic_weighted_kappa(a: Scores, b: Scores) -> Figure:
     On whole numbers it is the usual figure; it needs no classes, so decimals are not rounded. None if all scores are one number.
     """
     one, other = pairs(a, b)
-    by_chance = one.var() + other.var() + (one.mean() - other.mean()) ** 2 if len(one) else 0.0  # the mean over all i and j, without n^2 terms
-    return Figure(float(1 - ((one - other) ** 2).mean() / by_chance) if by_chance > SAME**2 else None, len(one))
+    if not len(one):
+        return Figure(None, 0)
+    scale = max(np.abs(one).max(), np.abs(other).max()) or 1.0  # so that no square overflows
+    one, other = one / scale, other / scale
+    by_chance = one.var() + other.var() + (one.mean() - other.mean()) ** 2  # the mean over all i and j, without n^2 terms
+    return Figure(float(1 - ((one - other) ** 2).mean() / by_chance) if np.ptp([one, other]) and by_chance else None, len(one))
 
 
 def pearson(a: Scores, b: Scores) -> Figure:
     """Linear correlation; None if either row holds one value only."""
     one, other = pairs(a, b)
-    if not len(one) or np.ptp(one) < SAME or np.ptp(other) < SAME:
+    if not len(one) or one.min() == one.max() or other.min() == other.max():
         return Figure(None, len(one))
-    one, other = one - one.mean(), other - other.mean()
+    one, other = _centred(one), _centred(other)
     return Figure(float(np.clip(one @ other / np.sqrt((one @ one) * (other @ other)), -1, 1)), len(one))
 
 
@@ -67,7 +70,7 @@ def spearman(a: Scores, b: Scores) -> Figure:
 
 def ranks(scores: Scores) -> np.ndarray:
     """Ranks from 1, equal scores sharing their mean, shape (n,)."""
-    _, inverse, counts = np.unique(np.round(np.asarray(scores, np.float64), 9), return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(np.asarray(scores, np.float64), return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
@@ -84,7 +87,7 @@ def auc(scores: Scores, member: Sequence[bool] | np.ndarray) -> Figure:
 
 def phases(scores: Scores, thresholds: Sequence[float]) -> np.ndarray:
     """Position (from 0) of each score's phase, int64, shape (n,): thresholds ascend, and a score at a threshold is in the phase above it."""
-    return np.searchsorted(np.asarray(thresholds, np.float64), np.asarray(scores, np.float64) + SAME, side="right")
+    return np.searchsorted(np.asarray(thresholds, np.float64), np.asarray(scores, np.float64), side="right")
 
 
 def changes_phase(a: Scores, b: Scores, thresholds: Sequence[float]) -> Figure:
@@ -116,6 +119,12 @@ def summary(a: Scores, b: Scores, thresholds: Sequence[float] = ()) -> dict[str,
         figures["changes_phase"] = changes_phase(a, b, thresholds)
     result: dict[str, Any] = {"n": len(a)} | {name: figure.value for name, figure in figures.items()}
     return result | ({"thresholds": list(thresholds), "confusion": confusion(a, b, thresholds).tolist()} if thresholds else {})
+
+
+def _centred(row: np.ndarray) -> np.ndarray:
+    """Around its mean, the largest at 1: no square overflows or vanishes."""
+    row = row / np.abs(row).max()
+    return (row - row.mean()) / np.abs(row - row.mean()).max()
 
 
 def _mean(which: np.ndarray) -> Figure:
