@@ -71,8 +71,18 @@ class Batches:
             self.server.kinds[f"{call.path.split('/')[2]} {fault}"] += 1
         if fault in ("server_error", "unavailable", "limited"):
             raise Refused({"server_error": 500, "unavailable": 503, "limited": 429}[fault], "Try again later.", kind="server_error", retry_after="0.01")
-        made = self.answer(call)
-        return call.reply(200, made, {"content-type": "application/octet-stream"} if isinstance(made, bytes) else {}, cut=fault)
+        self.server.loop.call_later(options.batch_latency / 2, self.act, call, fault)
+        return None
+
+    def act(self, call: Call, fault: str) -> None:
+        try:
+            made, status, headers = self.answer(call), 200, {}
+        except Refused as refused:
+            made, status, headers = refused.body, refused.status, refused.headers
+        if isinstance(made, bytes):
+            headers = {"content-type": "application/octet-stream"}
+        content = made if isinstance(made, bytes) else json.dumps(made).encode()  # as it is now
+        self.server.loop.call_later(self.server.options.batch_latency / 2, lambda: call.reply(status, content, headers, cut=fault))
 
     def answer(self, call: Call) -> Any:
         _, kind, name, action, *_ = [*call.path.strip("/").split("/"), "", "", ""]
