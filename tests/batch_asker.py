@@ -41,7 +41,9 @@ def ask(url: str, out: str, n: int, *, usd: float | None = None, requests: int =
     with Ledger(Path(out + ".ledger.jsonl"), KEY) as ledger:
         settings = Settings(KEY, url, timeout_seconds=20, settle_seconds=settle_seconds)
         try:
-            return ask_in_batches(asked, ledger, Budget.of(usd, ledger, Price(*PRICE)), settings, parse, Limits(requests, size, poll_seconds=0.02))
+            pending = {key: sent.reserved_usd for key, sent in ledger.pending.items()}
+            budget = Budget(usd, Price(*PRICE), ledger.spent_usd, pending)
+            return ask_in_batches(asked, ledger, budget, settings, parse, Limits(requests, size, poll_seconds=0.02))
         finally:
             readings = [ledger.reading(request.key, parse) for request in asked]
             lines = [json.dumps([i, reading.outcome, reading.value] if reading else [i, None, None]) for i, reading in enumerate(readings)]

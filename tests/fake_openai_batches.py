@@ -1,7 +1,7 @@
 """Files and batches of the OpenAI on 127.0.0.1: a batch is validated, worked off in the background, and ends as its fate has it.
 
 Fates: completed; expired:F and cancelled:F (a share F is done; an expired batch lists the others as errors, a cancelled one nowhere); failed;
-errors (every line failed, 500); no_output (completed, without any file); limit (failed: too many tokens wait already).
+errors (every line failed, 500); no_output (completed, without any file); limit (failed: too many tokens wait already); refused (never created).
 """
 
 from __future__ import annotations
@@ -145,6 +145,8 @@ class Batches:
         batch |= {part: body[part] for part in ("input_file_id", "endpoint", "completion_window")}
         fates = self.server.options.fates.split(",")
         fate = fates[len(self.made)] if len(self.made) < len(fates) else ""
+        if fate == "refused":
+            raise Refused(400, "Billing hard limit has been reached.", "billing_hard_limit_reached")
         self.made[name] = batch
         task = self.server.loop.create_task(self.work(batch, *(fate or "completed").split(":")))
         self.tasks.add(task)

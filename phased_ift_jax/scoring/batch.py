@@ -8,7 +8,6 @@ ledger line by line. A part is under way as long as one of its questions has no 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
 import random
@@ -16,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +39,7 @@ ENDED = ("completed", "expired", "cancelled", "failed")
 PASSING = (408, 409, 425, 429)  # refusals that need not be the last word, as those of 500 and more
 PATIENCE = 3600.0  # seconds for which a server may be out of reach
 FETCHES = 8  # so often a file is fetched that is torn, or has fewer lines than its batch says
+CRUMBS = 50  # a part that the budget makes smaller than this share of what is left to ask is not sent
 CLOCKS = 86_400  # seconds by which a server's clock may differ from ours
 SLICE = 0.2  # seconds after which a wait looks whether it was asked to stop
 T = TypeVar("T")
@@ -124,11 +125,11 @@ class _Asking:
 
     # --- what becomes of a question
 
-    def failed(self, key: str, sent: Sent, error: Mapping[str, Any], *, lost: bool = False, weight: int = 1, **where: Any) -> None:
+    def failed(self, key: str, sent: Sent, error: Mapping[str, Any], *, lost: bool = False, weight: int = 1, status: int | None = None, request_id: str | None = None) -> None:
         """Note that an attempt has no reply; it may count for several of those after which a request has failed."""
         usd = sent.reserved_usd if lost or self.budget.price is None else 0.0
         told = {name: error.get(name) for name in ("type", "code")} | {"message": one_line(error.get("message"))}
-        self.ledger.answered(key, sent.attempt, sent.via, usd=usd, error=told, **where)
+        self.ledger.answered(key, sent.attempt, sent.via, usd=usd, error=told, status=status, request_id=request_id)
         self.budget.settle(key, usd)
         self.summary.lost += lost
         self.failures[key] += weight
@@ -144,16 +145,15 @@ class _Asking:
     # --- a part leaves
 
     def submit(self) -> Part | None:
-        """Send the next part; None where the budget has no room for a single question."""
+        """Send the next part; None where the budget has no room for one worth a batch."""
         with tempfile.TemporaryFile(dir=self.ledger.path.parent) as file:
             keys = self.fill(file)
             if not keys:
                 return None
-            attempts = {key: self.ledger.attempts(key) + 1 for key in keys}
-            part = Part(hashlib.sha256(json.dumps(attempts).encode()).hexdigest(), keys)
-            uploaded = self.patiently(lambda: self.client.files.create(file=(f"{part.name[:16]}.jsonl", _from_start(file)), purpose="batch"))
-        for key, attempt in attempts.items():
-            self.ledger.sent(key, attempt, part.via, self.worst_case(key))
+            part = Part(uuid.uuid4().hex, keys)
+            uploaded = self.patiently(lambda: self.client.files.create(file=(f"{part.name}.jsonl", _from_start(file)), purpose="batch"))
+        for key in keys:
+            self.ledger.sent(key, self.ledger.attempts(key) + 1, part.via, self.worst_case(key))
         self.ledger.sync()
         self.create(part, uploaded.id)
         return part
@@ -165,7 +165,7 @@ class _Asking:
     def fill(self, file: IO[bytes]) -> list[str]:
         """Write as many of the next questions as one file and the budget take; they leave the queue, and their worst case is set aside."""
         keys: list[str] = []
-        size = 0
+        size, asked = 0, len(self.queue)
         while self.queue and len(keys) < self.largest:
             key = self.queue[0]
             line = json.dumps({"custom_id": key, "method": "POST", "url": URL, "body": self.wanted[key].body}).encode() + b"\n"
@@ -174,7 +174,14 @@ class _Asking:
                 self.failed(key, Sent(self.ledger.attempts(key) + 1, None, "", VIA), told, weight=FAILURES)
                 self.end_or_queue([self.queue.popleft()])
                 continue
-            if size + len(line) > self.limits.size or not self.budget.reserve(key, self.worst_case(key)):
+            if size + len(line) > self.limits.size:
+                break
+            if not self.budget.reserve(key, self.worst_case(key)):
+                if len(keys) * CRUMBS < asked:  # each round would be smaller than the last, and may take a day
+                    for key in reversed(keys):
+                        self.budget.settle(key, 0.0)
+                        self.queue.appendleft(key)
+                    return []
                 break
             size += len(line)
             file.write(line)
@@ -191,8 +198,9 @@ class _Asking:
             except (openai.APIError, json.JSONDecodeError) as error:
                 if _lasting(error):
                     self.undo(part, one_line(error))
-                if getattr(error, "status_code", None) == 429 or not self.find(part):
-                    self.pause(error, part.began)
+                elif getattr(error, "status_code", None) != 429 and self.find(part):
+                    break
+                self.pause(error, part.began)
         self.created(part)
 
     def created(self, part: Part) -> None:
@@ -265,15 +273,16 @@ class _Asking:
                 found += status == 200
                 if (sent := pending.pop(key := line.get("custom_id", ""), None)) is None:  # an earlier start has noted it
                     continue
-                where = {"status": status, "request_id": response.get("request_id")}
+                request_id = response.get("request_id")
                 if status == 200 and isinstance(body, dict):
                     usd = self.budget.cost(body, None)
                     usd = sent.reserved_usd if usd is None else usd * BATCH
-                    self.ledger.answered(key, sent.attempt, sent.via, usd=usd, reply=body, **where)
+                    self.ledger.answered(key, sent.attempt, sent.via, usd=usd, reply=body, status=status, request_id=request_id)
                     self.budget.settle(key, usd)
                 else:
                     error = line.get("error") or (body or {}).get("error") or {"type": "no_reply", "message": f"neither reply nor error: {line}"}
-                    self.failed(key, sent, error, weight=FAILURES if status and status < 500 and status not in PASSING else 1, **where)
+                    lasting = status and status < 500 and status not in PASSING
+                    self.failed(key, sent, error, weight=FAILURES if lasting else 1, status=status, request_id=request_id)
         told = batch.errors.data[0] if batch.errors and batch.errors.data else None
         crowded = batch.status == "failed" and told is not None and told.code == "token_limit_exceeded"
         why = {"type": f"batch_{batch.status}", "code": told and told.code, "message": (told and told.message) or f"the batch has {batch.status} without it"}
@@ -291,8 +300,8 @@ class _Asking:
         with tempfile.TemporaryFile(dir=self.ledger.path.parent) as here:
             for fetch in range(FETCHES):
                 self.patiently(lambda: self.fetch(file, here))
-                lines = [_line(text) for text in _from_start(here)]
-                if None not in lines and len(lines) >= expected:
+                whole = [_line(text) is not None for text in _from_start(here)]
+                if all(whole) and len(whole) >= expected:
                     break
                 self.wait(min(fetch, self.limits.poll_seconds))
             yield from (line for text in _from_start(here) if (line := _line(text)))
