@@ -15,9 +15,9 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from phased_ift_jax.records import UserError
+from phased_ift_jax.records import Failure, UserError
 from phased_ift_jax.scoring.ledger import SECRET, Ledger
 from phased_ift_jax.scoring.money import Budget, prompt_bound
 from phased_ift_jax.scoring.pace import Pace, retry_after
@@ -26,6 +26,7 @@ from phased_ift_jax.scoring.request import ATTEMPT, FAILURES, KEY, Parse, Readin
 VIA = "live"
 RATE_LIMITED = 100  # attempts that a server may turn away because of its limits, which costs nothing, before a request has failed
 BACKOFF, LONGEST = 0.5, 60.0  # seconds: the first wait is up to the one, doubles, and ends at the other
+NEVER_LEFT = 0  # in place of an HTTP status
 GATEWAY = {408, 502, 504, 520, 522, 524}  # what a proxy says when it has lost patience: the server behind it may have answered
 NO_STORE = {400, 403, 404, 405, 422, 501}  # of the list of stored replies: there is none here, or not for us
 Tell = Callable[[Summary, Budget], object]
@@ -70,7 +71,7 @@ class _Asking:
         self.client, self.ledger, self.budget, self.settings, self.parse, self.tell = client, ledger, budget, settings, parse, tell
         self.summary, self.pace, self.keeps = Summary(), Pace(), settings.store
         self._stop, self._landed, self._queue = asyncio.Event(), asyncio.Event(), asyncio.Lock()
-        self._under_way, self._fault = 0, None  # type: ignore[var-annotated]
+        self._under_way, self._fault = 0, cast(Exception | None, None)
 
     # --- all of them
 
@@ -81,7 +82,7 @@ class _Asking:
             for request in shared:
                 if self._stop.is_set():
                     return
-                if request.key not in seen and not is_settled(self.ledger, request.key, self.parse):
+                if request.key not in seen and request.key not in self.ledger.pending and not is_settled(self.ledger, request.key, self.parse):
                     seen.add(request.key)
                     await self._one(request)
                 else:
@@ -119,6 +120,10 @@ class _Asking:
             if fault is not None:
                 raise fault
 
+    def _end(self, fault: Exception) -> None:
+        self._fault = self._fault or fault
+        self.stop("a fault")
+
     def stop(self, why: str) -> None:
         """Send nothing more; what is under way is awaited."""
         self.summary.stopped = self.summary.stopped or why
@@ -153,6 +158,8 @@ class _Asking:
         failures = limited = 0
         while await self._may_leave(request):
             reading, status, wait = await self._attempt(request)
+            if request.key in self.ledger.pending:  # what became of it could not be found out now
+                break
             if reading.outcome != "failed":
                 if settled(reading.outcome, self.ledger.replies(request.key)):
                     break
@@ -161,6 +168,8 @@ class _Asking:
             limited, failures = (limited + 1, failures) if status == 429 else (limited, failures + 1)
             final = status is not None and 400 <= status < 500 and status not in (408, 409, 425, 429)
             if final or failures >= FAILURES or limited >= RATE_LIMITED:
+                if status == NEVER_LEFT:
+                    self._end(Failure(f"the server cannot be reached ({reading.reason}); the same command goes on"))
                 break
             # full jitter, after what the server asks for: those that it turned away together do not come back together
             await self._sleep(wait + random.uniform(0, min(BACKOFF * 2 ** (failures + limited - 1), LONGEST)))
@@ -179,8 +188,9 @@ class _Asking:
             while not self._stop.is_set() and not self.budget.reserve(request.key, usd):
                 if not self._under_way:
                     self.stop("budget")
+                    break
                 self._landed.clear()
-                await self._landed.wait() if not self._stop.is_set() else None
+                await self._landed.wait()
             if self._stop.is_set():
                 return False
             self._under_way += 1
@@ -216,7 +226,7 @@ class _Asking:
             except openai.APIConnectionError as error:
                 why = f"{type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else str(error)
                 if isinstance(error.__cause__, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout):  # it has never left
-                    return await self._note_error(key, attempt, 0.0, None, {"type": "connection_error", "message": why}), None, 0.0
+                    return await self._note_error(key, attempt, 0.0, None, {"type": "connection_error", "message": why}), NEVER_LEFT, 0.0
                 return await self._settle_unknown(key, attempt, usd, self.settings.settle_seconds, why), None, 0.0
         finally:
             self._under_way -= 1
@@ -230,18 +240,16 @@ class _Asking:
         self.ledger.answered(key, attempt, VIA, usd=usd, reply=reply, status=status, request_id=request_id)
         await self.ledger.durable()
         self.budget.settle(key, usd)
-        return self.ledger.reading(key, self.parse) or self.parse(reply)
+        return self.parse(reply)
 
     async def _note_refusal(self, key: str, attempt: int, error: Any) -> Reading:
         """An answer in words of HTTP, which is not billed; some concern all requests to come."""
         told = {"code": error.code, "type": error.type, "message": one_line(error.message)}
         status, words = error.status_code, hide(one_line(error.message), self.settings)
-        if status in (401, 402, 403, 404) or error.code == "insufficient_quota":
-            self._fault = UserError(f"the server refuses all requests (HTTP {status}): {words}")
+        if status in (401, 402) or error.code == "insufficient_quota" or (status in (403, 404) and not self.ledger.answers):
+            self._end(UserError(f"the server refuses all requests (HTTP {status}): {words}"))
         elif status in (400, 422) and self.settings.store and re.search(r"\b(store|metadata)\b", f"{error.param} {error.message}") and not self.ledger.answers:
-            self._fault = UserError(f"the server does not keep replies (HTTP {status}: {words}); --no_store does without")
-        if self._fault:
-            self.stop("a fault")
+            self._end(UserError(f"the server does not keep replies (HTTP {status}: {words}); --no_store does without"))
         return await self._note_error(key, attempt, 0.0 if self.budget.price else None, status, told, error.request_id)
 
     async def _note_error(self, key: str, attempt: int, usd: float | None, status: int | None, error: Mapping[str, Any], request_id: str | None = None) -> Reading:

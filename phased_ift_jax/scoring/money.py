@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from phased_ift_jax.records import UserError
@@ -146,26 +145,22 @@ class Budget:
             return reserved
 
 
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """USD of many requests, with a 95 % interval."""
+class Forecast(NamedTuple):
+    """A sum over many requests, with a 95 % interval."""
 
-    usd: float
+    value: float
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"${self.usd:,.2f} (95 %: ${self.low:,.2f} to ${self.high:,.2f})"
 
+def forecast(sizes: Sequence[float], values: Sequence[float], count: int, total_size: float) -> Forecast:
+    """What `count` further requests of a total size come to, from a random sample: a ratio estimate, which knows how large those are.
 
-def forecast(sizes: Sequence[float], usd: Sequence[float], count: int, total_size: float) -> Forecast:
-    """What `count` requests of a total size cost, from a random sample of them: a ratio estimate, which knows how large the others are.
-
-    Nothing is known of a sample of one, so that two are the least.
+    Nothing is known of the spread of one, so that two are the least.
     """
     from scipy import stats
 
-    n, ratio = len(sizes), sum(usd) / sum(sizes)
-    squares = sum((cost - ratio * size) ** 2 for size, cost in zip(sizes, usd, strict=True))
-    error = count * math.sqrt(max(1 - n / count, 0) / n * squares / (n - 1)) * float(stats.t.ppf(0.975, n - 1))
-    return Forecast(ratio * total_size, max(ratio * total_size - error, sum(usd)), ratio * total_size + error)
+    n, ratio = len(sizes), sum(values) / sum(sizes)
+    squares = sum((value - ratio * size) ** 2 for size, value in zip(sizes, values, strict=True))
+    error = count * math.sqrt((1 / n + 1 / count) * squares / (n - 1)) * float(stats.t.ppf(0.975, n - 1))
+    return Forecast(ratio * total_size, max(ratio * total_size - error, 0.0), ratio * total_size + error)
