@@ -187,6 +187,30 @@ def test_what_a_live_run_left_under_way_is_found_out_before_it_is_asked_again(ou
     assert [line["usd"] for line in ledger(out) if (line.get("key"), line.get("attempt")) == (unknown.key, 1)] == [1e-5]
 
 
+def test_both_modes_share_a_ledger_and_make_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from phased_ift_jax import score
+
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"instruction": f"Name {i} fish.", "input": "", "output": "cod, " * i} for i in range(1, 40)]))
+    with fake_openai.serving(seed=5, faults=0.2, kinds="fraction,refusal,server_error") as server:
+        made = {}
+        for mode in ("live", "batch"):
+            out = tmp_path / f"{mode}.jsonl"
+            command = [str(data), "--out", str(out), "--model", "gpt-4o-mini", "--base_url", server.url, "--budget_usd", "1"]
+            assert score.main([*command, "--limit", "20"]) == 0  # live: a start in batches takes over what it has answered
+            before = server.counts()
+            assert score.main([*command, "--mode", mode]) == 0
+            after = server.counts()
+            made[mode] = out.read_bytes()
+            assert ("completed" in after["batches"]) == (mode == "batch")
+            assert after["rebilled"] == 0
+            assert 0 < after["billed"] - before["billed"] < 39
+            server.questions.clear()
+            server.bodies.clear()
+        assert made["live"] == made["batch"]
+
+
 def test_no_server_is_a_failure_that_says_how_to_go_on(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "PATIENCE", 0.5)
     with pytest.raises(Failure, match="same command"):

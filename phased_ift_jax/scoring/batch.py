@@ -70,7 +70,7 @@ class Part:
 
 
 class Stopped(Exception):
-    """Nothing more can be done now, and why."""
+    """Nothing more can be done now: "signal", "budget", or "limit", the server's of what may wait."""
 
 
 def ask_in_batches(requests: Iterable[Request], ledger: Ledger, budget: Budget, settings: Settings, parse: Parse, limits: Limits | None = None) -> Summary:
@@ -84,10 +84,10 @@ def ask_in_batches(requests: Iterable[Request], ledger: Ledger, budget: Budget, 
     """
     import openai
 
-    wanted = {request.key: request for request in requests}
     known = asyncio.run(live.ask([], ledger, budget, settings, parse)) if any(sent.via == live.VIA for sent in ledger.pending.values()) else Summary()
     if known.stopped:
         return known
+    wanted = {request.key: request for request in requests if not live.is_settled(ledger, request.key, parse)}
     with openai.OpenAI(**settings.client_options()) as client:
         asking = _Asking(client, ledger, budget, settings, parse, limits or Limits(), wanted, known)
         try:
@@ -105,7 +105,7 @@ class _Asking:
     def __init__(self, client: Any, ledger: Ledger, budget: Budget, settings: Settings, parse: Parse, limits: Limits, wanted: dict[str, Request], summary: Summary) -> None:
         self.client, self.ledger, self.budget, self.settings, self.parse, self.limits = client, ledger, budget, settings, parse, limits
         self.wanted, self.summary, self.failures, self.stop = wanted, summary, Counter[str](), False
-        self.queue = deque(key for key in wanted if key not in ledger.pending and not live.is_settled(ledger, key, parse))
+        self.queue = deque(key for key in wanted if key not in ledger.pending)
         self.open: list[Part] = []
         self.largest, self.at_once = limits.requests, sys.maxsize  # requests of a part, and parts: fewer once the server says that too much waits
 
@@ -292,7 +292,8 @@ class _Asking:
         self.end_or_queue(part.keys)
         if crowded:
             if len(part.keys) == 1 and not self.open:
-                raise Stopped(f"the server has no room for a single request: {why['message']}")
+                _say(f"the server has no room for a single request: {live.hide(one_line(why['message']), self.settings)}")
+                raise Stopped("limit")
             self.at_once, self.largest = max(1, len(self.open)), self.largest if self.open else len(part.keys) // 2
 
     def lines(self, file: str, expected: int) -> Iterator[dict[str, Any]]:
