@@ -133,6 +133,29 @@ def test_bad_answers_are_asked_for_as_often_as_live_ones(out: Path) -> None:
         assert sum(question.finals for question in server.questions.values()) == found["ok"] + found["refused"] + found["filtered"]
 
 
+def test_all_is_written_down_before_it_is_needed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a batch is created, the ledger holds its questions; when it is looked at, its id."""
+    with fake_openai.serving() as server:
+        routed, seen = server.batches.answer, Counter[str]()
+
+        def answer(call: Any) -> Any:
+            lines = ledger(out)
+            if call.method == "POST" and call.path == "/v1/batches":
+                part = json.loads(call.body)["metadata"][batch.PART]
+                inside = server.batches.files[json.loads(call.body)["input_file_id"]][1].splitlines()
+                assert {line["sent"] for line in lines if line.get("via") == batch.VIA + part} == {json.loads(line)["custom_id"] for line in inside}
+                seen["created"] += 1
+            elif call.path.startswith("/v1/batches/"):
+                assert any(call.path.endswith(line["batch"]) for line in lines if "batch" in line)
+                seen["looked at"] += 1
+            return routed(call)
+
+        monkeypatch.setattr(server.batches, "answer", answer)
+        assert ask(server.url, str(out), 50, requests=20).outcomes == {"ok": 50}
+        assert seen["created"] == 3
+        assert seen["looked at"] > 3
+
+
 def test_a_budget_holds_and_parts_are_made_to_fit_it(out: Path) -> None:
     with fake_openai.serving(wordy=1, chars_per_token=1) as server:
         summary = ask(server.url, str(out), 200, usd=0.002)
