@@ -119,7 +119,7 @@ class Settings:
 # zero widths, fillers, variation selectors, tags, surrogates. Spelt out, since Unicode's tables change with Python, and a key must not.
 ESCAPED = re.compile(
     r"<|\[(?=/?[gs]?[A-Z_]{2,}\])|[\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164]"
-    r"|[\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\uffff\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+    r"|[\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\uffff\U00013430-\U0001345f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
 
 
@@ -255,7 +255,7 @@ def _expected(tokens: list[Mapping[str, Any]], text: str) -> Reading:
         covered = math.fsum(mass.values())
         if not LEAST_MASS <= covered <= 1.001:
             return Reading("unparseable", reason=f"{part}: the whole numbers from 1 to 5 hold {covered:.3g} of the probability; wanted: {LEAST_MASS} to 1")
-        means.append(math.fsum(number * share for number, share in mass.items()) / covered)
+        means.append(round(math.fsum(number * share for number, share in mass.items()) / covered, 6))
     return Reading("ok", (means[0], means[1]))
 
 
@@ -264,7 +264,7 @@ def _tokens(reply: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     try:
         tokens: list[Mapping[str, Any]] = [{**token, "top_logprobs": list(token["top_logprobs"])} for token in reply["choices"][0]["logprobs"]["content"]]
         one_by_one = [one for token in tokens for one in (token, *token["top_logprobs"])]
-        sound = all(isinstance(one["token"], str) and isinstance(one["logprob"], int | float) and one["logprob"] <= 0.001 for one in one_by_one)
+        sound = all(isinstance(one["token"], str) and type(one["logprob"]) in (int, float) and one["logprob"] <= 0.001 for one in one_by_one)
     except (TypeError, KeyError, IndexError, AttributeError):
         return []
     return tokens if sound else []
