@@ -14,6 +14,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from reprlib import repr as short
@@ -123,6 +124,9 @@ ESCAPED = re.compile(
 )
 
 
+_as_json = json.JSONEncoder(ensure_ascii=False).encode
+
+
 def quoted(record: InstructionRecord) -> str:
     """A record as one line of JSON, in which `<`, `[INST]` and whatever is invisible are `\\u` escapes; `json.loads` gives its fields back.
 
@@ -131,7 +135,7 @@ def quoted(record: InstructionRecord) -> str:
     """
     turns = [{"instruction": turn.instruction} | ({"input": turn.input} if turn.input else {}) | {"response": turn.response} for turn in record.turns]
     content = ({"system": record.system} if record.system else {}) | (turns[0] if len(turns) == 1 else {"conversation": turns})
-    return ESCAPED.sub(_escape, json.dumps(content, ensure_ascii=False))
+    return ESCAPED.sub(_escape, _as_json(content))
 
 
 def _escape(found: re.Match[str]) -> str:
@@ -140,22 +144,26 @@ def _escape(found: re.Match[str]) -> str:
 
 
 def request_of(record: InstructionRecord, settings: Settings, sample: int = 0) -> Request:
-    """The question about one record; `sample` 1, 2 ... asks it once more."""
-    numbers = NUMBERS[settings.expected_score]
-    system = settings.prompt.system.replace("{numbers}", numbers)
-    before, after = settings.prompt.user.replace("{numbers}", numbers).split("{record}")
-    messages = [{"role": "system", "content": system}] if system else []
-    body: dict[str, Any] = {"model": settings.model, "messages": [*messages, {"role": "user", "content": before + quoted(record) + after}]}
-    body["max_completion_tokens"] = settings.max_completion_tokens or (4096 if settings.reasons else 64)
+    """The question about one record; `sample` 1, 2 ... asks it once more. Bodies of equal settings share what they have in common."""
+    messages, before, after, rest = _frame(settings)
+    return Request({"model": settings.model, "messages": [*messages, {"role": "user", "content": before + quoted(record) + after}]} | rest, sample)
+
+
+@lru_cache(maxsize=8)
+def _frame(settings: Settings) -> tuple[list[dict[str, str]], str, str, dict[str, Any]]:
+    """What is the same for all records: messages, the text before and after the record, and the other keys of a body."""
+    system, user = (text.replace("{numbers}", NUMBERS[settings.expected_score]) for text in (settings.prompt.system, settings.prompt.user))
+    rest: dict[str, Any] = {"max_completion_tokens": settings.max_completion_tokens or (4096 if settings.reasons else 64)}
     if settings.structured != "none":
-        body["response_format"] = {"type": "json_object"} if settings.structured == "json_object" else _schema(settings.expected_score)
+        rest["response_format"] = {"type": "json_object"} if settings.structured == "json_object" else _schema(settings.expected_score)
     if settings.reasoning_effort is not None:
-        body["reasoning_effort"] = settings.reasoning_effort
+        rest["reasoning_effort"] = settings.reasoning_effort
     if settings.temperature is not None and not settings.reasons:
-        body["temperature"] = settings.temperature
+        rest["temperature"] = settings.temperature
     if settings.expected_score:
-        body |= {"logprobs": True, "top_logprobs": 20}
-    return Request(body, sample)
+        rest |= {"logprobs": True, "top_logprobs": 20}
+    before, after = user.split("{record}")
+    return [{"role": "system", "content": system}] if system else [], before, after, rest
 
 
 def _schema(whole: bool) -> dict[str, Any]:
@@ -172,6 +180,8 @@ def requests_for(records: Iterable[InstructionRecord], settings: Settings, repea
     for record in records:
         request = request_of(record, settings)
         yield request
+        if not repeat_share:
+            continue
         draw = hashlib.sha256(f"{seed}:{request.key}".encode()).digest()
         if int.from_bytes(draw[:8]) < repeat_share * 2**64:
             yield Request(request.body, 1)
