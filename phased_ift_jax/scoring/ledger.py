@@ -3,31 +3,33 @@
     {"sent": key, "attempt", "reserved_usd", "at", "via"}                                         before a request leaves
     {"key", "attempt", "usd", "error", "at", "via", "status", "request_id", "reply"}              what became of it
 
-`error` is null exactly where there is a `reply`. `usd` is what an attempt counts against the budget: the price of its reply, 0 where the
-server refused it, its worst case where nobody knows; null without a price. Lines of any other shape are notes of a mode's own.
+`error` is null exactly where there is a `reply`; with the code "content_filter" it is an answer, too, and not asked for again. `usd` is what
+an attempt counts against the budget: the price of its reply, 0 where the server refused it, its worst case where nobody knows; null without
+a price. Lines of any other shape are notes of a mode's own.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from phased_ift_jax.records import UserError
+from phased_ift_jax.records import Failure, UserError
 from phased_ift_jax.scoring.request import Parse, Reading, one_line
 
 NUMBER = rb"(null|[\d.e+-]+)"
 SENT = re.compile(rb'\{"sent": "([0-9a-f]{64})", "attempt": (\d+), "reserved_usd": ' + NUMBER + rb', "at": "([^"]+)", "via": "([^"]+)"\}')
-ANSWER = re.compile(rb'\{"key": "([0-9a-f]{64})", "attempt": (\d+), "usd": ' + NUMBER + rb', "error": (null|\{)')
+ANSWER = re.compile(rb'\{"key": "([0-9a-f]{64})", "attempt": (\d+), "usd": ' + NUMBER + rb', "error": (null|\{"code": "content_filter"|\{)')
 CHUNK = 1 << 13
 SECRET = 8  # a key shorter than this is a word like "none", and is no secret
 
@@ -63,10 +65,11 @@ class Ledger:
         self._last: dict[bytes, int] = {}  # key -> offset of the newest reply; where there is none, -1 - offset of the newest error
         self._earlier: dict[bytes, list[int]] = {}  # offsets of the replies before the newest, of the few keys that have more than one
         self._attempts: dict[bytes, int] = {}  # of keys with other than one attempt
-        self._synced, self._syncing, self._thread = 0, None, ThreadPoolExecutor(1, "ledger")  # type: ignore[var-annotated]
+        self._synced, self._thread = 0, ThreadPoolExecutor(1, "ledger")
+        self._syncing: asyncio.Future[None] | None = None
         try:
-            self._file = open(path, "a+b")  # noqa: SIM115 - it is held as long as this object
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is writing '{path}'; wait for it, or name another --out") from None
         except OSError as error:
@@ -82,7 +85,7 @@ class Ledger:
     def close(self) -> None:
         self._thread.shutdown()
         self.sync()
-        self._file.close()
+        os.close(self._fd)
 
     # --- what is known -------------------------------------------------------------------------------------------------------------
 
@@ -103,14 +106,7 @@ class Ledger:
 
     def reading(self, key: str, parse: Parse) -> Reading | None:
         """The first of a request's replies that is ok, else what the last one is, else how it failed; None where no attempt has ended."""
-        reading = None
-        for line in self.lines(key):
-            if line["error"]:
-                return Reading("failed", reason=one_line(f"{line['status'] or ''} {line['error'].get('message') or line['error'].get('type')}"))
-            reading = parse(line["reply"])
-            if reading.outcome == "ok":
-                break
-        return reading
+        return read_lines(self.lines(key), parse)
 
     # --- what happens ----------------------------------------------------------------------------------------------------------------
 
@@ -132,11 +128,12 @@ class Ledger:
         status: int | None = None,
         request_id: str | None = None,
     ) -> None:
-        """Note what became of an attempt: a raw reply, or else an error `{type, code, message}`."""
+        """Note what became of an attempt: a raw reply, or else an error `{code, type, message}`."""
         assert (reply is None) != (error is None), "a reply or an error"
-        head = {"key": key, "attempt": attempt, "usd": usd, "error": error, "at": datetime.now(UTC).isoformat(timespec="milliseconds"), "via": via}
+        told = {"code": None, "type": None, "message": None, **error} if error is not None else None
+        head = {"key": key, "attempt": attempt, "usd": usd, "error": told, "at": datetime.now(UTC).isoformat(timespec="milliseconds"), "via": via}
         offset = self._append(head | {"status": status, "request_id": request_id, "reply": reply})
-        self._note_answer(bytes.fromhex(key), attempt, usd, reply is not None, offset)
+        self._note_answer(bytes.fromhex(key), attempt, usd, told is None or told["code"] == "content_filter", offset)
 
     def note(self, line: dict[str, Any]) -> None:
         """Append a line of a mode's own, which must have neither `sent` nor `key`; later starts find it in `notes`."""
@@ -146,7 +143,7 @@ class Ledger:
     def sync(self) -> None:
         """Return once the disk holds all that was noted."""
         end = self.size
-        os.fsync(self._file.fileno())
+        os.fsync(self._fd)
         self._synced = end
 
     async def durable(self) -> None:
@@ -166,29 +163,29 @@ class Ledger:
         data = text.encode("utf-8", "backslashreplace") + b"\n"
         offset = self.size
         try:
-            self._file.write(data)
-            self._file.flush()
-        except OSError:
-            os.ftruncate(self._file.fileno(), offset)  # a disk that is full has taken a part
-            raise
+            if os.write(self._fd, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.ftruncate(self._fd, offset)  # a disk that is full has taken a part
+            raise Failure(f"cannot write '{self.path}': {error.strerror}; make room, then the same command goes on") from error
         self.size += len(data)
         return offset
 
     def _line_at(self, offset: int) -> bytes:
         data = b""
         while (end := data.find(b"\n")) < 0:
-            data += os.pread(self._file.fileno(), CHUNK, offset + len(data))
+            data += os.pread(self._fd, CHUNK, offset + len(data))
         return data[:end]
 
     def _load(self) -> int:
         offset = 0
-        self._file.seek(0)
-        for line in self._file:
-            if not line.endswith(b"\n"):  # torn by a kill or a power cut: it was not durable, so nobody has built on it
-                os.ftruncate(self._file.fileno(), offset)
-                break
-            self._index(line, offset)
-            offset += len(line)
+        with open(self.path, "rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):  # torn by a kill or a power cut: it was not durable, so nobody has built on it
+                    os.ftruncate(self._fd, offset)
+                    break
+                self._index(line, offset)
+                offset += len(line)
         if self.unreadable:
             told = f"warning: {self.unreadable:,} lines of '{self.path}' cannot be read; what they answered is not known"
             print(told, file=sys.stderr)
@@ -197,16 +194,18 @@ class Ledger:
     def _index(self, line: bytes, offset: int) -> None:
         if match := ANSWER.match(line):
             key, attempt, usd, error = match.groups()
-            self._note_answer(bytes.fromhex(key.decode()), int(attempt), None if usd == b"null" else float(usd), error == b"null", offset)
+            self._note_answer(bytes.fromhex(key.decode()), int(attempt), None if usd == b"null" else float(usd), error != b"{", offset)
         elif match := SENT.match(line):
             key, attempt, usd, at, via = match.groups()
             self._note_sent(key.decode(), Sent(int(attempt), None if usd == b"null" else float(usd), at.decode(), via.decode()))
         else:
             try:
                 note = json.loads(line)
-                assert isinstance(note, dict) and not note.keys() & {"sent", "key"}
+            except ValueError:
+                note = None
+            if isinstance(note, dict) and not note.keys() & {"sent", "key"}:
                 self.notes.append(note)
-            except (ValueError, AssertionError):
+            else:
                 self.unreadable += 1
 
     def _note_sent(self, key: str, sent: Sent) -> None:
@@ -230,3 +229,17 @@ class Ledger:
             self._attempts.pop(key, None)
         else:
             self._attempts[key] = attempt
+
+
+def read_lines(lines: Iterable[Mapping[str, Any]], parse: Parse) -> Reading | None:
+    """What a request's answer lines come to: see `Ledger.reading`."""
+    reading = None
+    for line in lines:
+        if error := line["error"]:
+            filtered = error["code"] == "content_filter"
+            reading = Reading("filtered" if filtered else "failed", reason=one_line(f"{line['status'] or ''} {error['message'] or error['type']}"))
+        else:
+            reading = parse(line["reply"])
+        if reading.outcome == "ok":
+            break
+    return reading

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 Outcome = Literal["ok", "refused", "filtered", "unparseable", "out_of_range", "failed"]
@@ -15,14 +16,14 @@ REPLIES = {"unparseable": 2, "out_of_range": 2}  # so many replies are paid for 
 FAILURES = 8  # so many attempts without a reply, in one start, and a request has failed; another start tries again
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Request:
     """One question: what `chat/completions` is given, as JSON, and the how-manyth asking of it (0; 1, 2, .. are repeats that measure agreement)."""
 
     body: Mapping[str, Any]
     sample: int = 0
 
-    @property
+    @cached_property
     def key(self) -> str:
         """SHA-256 (hex) of what is asked and of nothing else: order, ids and restarts change nothing, and equal questions share an answer."""
         return hashlib.sha256(json.dumps([self.body, self.sample], sort_keys=True, separators=(",", ":")).encode()).hexdigest()
