@@ -83,6 +83,8 @@ TEXTS = {
     "٣ ٤": "unparseable",
     "\uff13 \uff14": "unparseable",
     "3\u00a04": "unparseable",
+    "1\u0663 2": "unparseable",
+    "1.\u0663 2": "unparseable",
     "three four": "unparseable",
     "The instruction is a 2 and the response a 3.": "unparseable",
     "2.5 3 (out of 5)": "unparseable",

@@ -215,7 +215,7 @@ _OBJECTS = [rf"\{{{_BLANK}{one}{_BLANK},{_BLANK}{other}{_BLANK}\}}" for one, oth
 FORMS = [re.compile(rf"{_BLANK}(?P<fence>```(?:json)?{_BLANK})?{form}{_BLANK}(?(fence)```{_BLANK})") for form in _OBJECTS]
 FORMS.append(re.compile(rf"{_BLANK}{_INSTRUCTION}[ \t]+{_RESPONSE}{_BLANK}"))
 LONGEST = 1000  # characters of a reply that may be two numbers
-LEAST_MASS = 0.9  # of the probability, that must lie on whole numbers from 1 to 5
+LEAST_MASS = 0.8  # of the probability must lie on whole numbers from 1 to 5
 
 
 def parser(settings: Settings) -> Callable[[Mapping[str, Any]], Reading]:
