@@ -73,7 +73,7 @@ def test_the_official_file_imports_whole(tmp_path: Path, shared_data: Path) -> N
     again = read(str(out))
     assert [(one.record.id, one.difficulty) for one in again.records] == [(row["id"], row["difficulty"]) for row in lines(out)]
     assert sum(not one.record.turns[0].response for one in again.records) == 9
-    assert len({one.difficulty for one in again.records}) == 47
+    assert len({one.difficulty for one in again.records}) == 48
 
 
 def test_what_has_no_score_is_unscored_and_never_a_number(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_what_cannot_be_measured_is_unscored_with_the_reason(shared_data: Path, 
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     reading = read(str(tmp_path / "some.jsonl"))
     made = score_by_ifd(reading, row_of, lambda records: ratios(records, str(shared_data / "stories260k"), "user_assistant"))
-    assert [row["instruction"] if "instruction" in row else "chat" for row in made.rows] == ["Tell a story.", "chat"]
+    assert [row.get("instruction", "chat") for row in made.rows] == ["Tell a story.", "chat"]
     assert [(one.source.line, one.reason.split(" of ")[0]) for one in made.unscored] == [(3, "a prompt"), (4, "empty response")]
     assert sorted(row["difficulty"] for row in made.rows) == [1, 5]
     assert (made.card["settings"]["max_length"], made.card["settings"]["dtype"]) == (512, "float32")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from phased_ift_jax.records import InstructionRecord, Quarantined, Reading, ScoredRecord
+from phased_ift_jax.scoring.agreement import ranks
 from phased_ift_jax.scoring.scored_file import Unscored
 
 SCORERS = ("import", "length", "ifd")
@@ -52,9 +53,7 @@ def score_by_ifd(reading: Reading, row_of: RowOf, ratios: Ratios) -> Scored:
 
 def by_rank(figures: Sequence[float]) -> np.ndarray:
     """Difficulties from 1 to 5 in the order of the figures, (n,); a single one is 1."""
-    _, place, counts = np.unique(np.array(figures, np.float64), return_inverse=True, return_counts=True)
-    below = np.cumsum(counts) - counts
-    return 1 + 4 * (below + (counts - 1) / 2)[place] / max(len(place) - 1, 1)
+    return 1 + 4 * (ranks(figures) - 1) / max(len(figures) - 1, 1)
 
 
 def _ranked(
