@@ -3,8 +3,9 @@
     {"sent": key, "attempt", "reserved_usd", "at", "via"}                                         before a request leaves
     {"key", "attempt", "usd", "error", "at", "via", "status", "request_id", "reply"}              what became of it
 
-`error` is null exactly where there is a `reply`; with the code "content_filter" it is an answer, too, and not asked for again. `usd` is what an attempt counts against the budget: the price of its reply, 0 where the
-server refused it, its worst case where nobody knows; null without a price. Lines of any other shape are notes of a mode's own.
+`error` is null exactly where there is a `reply`; with the code "content_filter" it is an answer, too, and not asked for again. `usd` is what
+an attempt counts against the budget: the price of its reply, 0 where the server refused it, its worst case where nobody knows; null without
+a price. Lines of any other shape are notes of a mode's own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -64,7 +65,8 @@ class Ledger:
         self._last: dict[bytes, int] = {}  # key -> offset of the newest reply; where there is none, -1 - offset of the newest error
         self._earlier: dict[bytes, list[int]] = {}  # offsets of the replies before the newest, of the few keys that have more than one
         self._attempts: dict[bytes, int] = {}  # of keys with other than one attempt
-        self._synced, self._syncing, self._thread = 0, None, ThreadPoolExecutor(1, "ledger")  # type: ignore[var-annotated]
+        self._synced, self._thread = 0, ThreadPoolExecutor(1, "ledger")
+        self._syncing: asyncio.Future[None] | None = None
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -104,16 +106,7 @@ class Ledger:
 
     def reading(self, key: str, parse: Parse) -> Reading | None:
         """The first of a request's replies that is ok, else what the last one is, else how it failed; None where no attempt has ended."""
-        reading = None
-        for line in self.lines(key):
-            if line["error"] and line["error"]["code"] == "content_filter":
-                return Reading("filtered", reason=one_line(line["error"].get("message")))
-            if line["error"]:
-                return Reading("failed", reason=one_line(f"{line['status'] or ''} {line['error'].get('message') or line['error'].get('type')}"))
-            reading = parse(line["reply"])
-            if reading.outcome == "ok":
-                break
-        return reading
+        return read_lines(self.lines(key), parse)
 
     # --- what happens ----------------------------------------------------------------------------------------------------------------
 
@@ -137,10 +130,10 @@ class Ledger:
     ) -> None:
         """Note what became of an attempt: a raw reply, or else an error `{code, type, message}`."""
         assert (reply is None) != (error is None), "a reply or an error"
-        error = error and {"code": None, "type": None, "message": None} | error
-        head = {"key": key, "attempt": attempt, "usd": usd, "error": error, "at": datetime.now(UTC).isoformat(timespec="milliseconds"), "via": via}
+        told = {"code": None, "type": None, "message": None, **error} if error is not None else None
+        head = {"key": key, "attempt": attempt, "usd": usd, "error": told, "at": datetime.now(UTC).isoformat(timespec="milliseconds"), "via": via}
         offset = self._append(head | {"status": status, "request_id": request_id, "reply": reply})
-        self._note_answer(bytes.fromhex(key), attempt, usd, reply is not None or head["error"]["code"] == "content_filter", offset)
+        self._note_answer(bytes.fromhex(key), attempt, usd, told is None or told["code"] == "content_filter", offset)
 
     def note(self, line: dict[str, Any]) -> None:
         """Append a line of a mode's own, which must have neither `sent` nor `key`; later starts find it in `notes`."""
@@ -208,9 +201,11 @@ class Ledger:
         else:
             try:
                 note = json.loads(line)
-                assert isinstance(note, dict) and not note.keys() & {"sent", "key"}
+            except ValueError:
+                note = None
+            if isinstance(note, dict) and not note.keys() & {"sent", "key"}:
                 self.notes.append(note)
-            except (ValueError, AssertionError):
+            else:
                 self.unreadable += 1
 
     def _note_sent(self, key: str, sent: Sent) -> None:
@@ -234,3 +229,17 @@ class Ledger:
             self._attempts.pop(key, None)
         else:
             self._attempts[key] = attempt
+
+
+def read_lines(lines: Iterable[Mapping[str, Any]], parse: Parse) -> Reading | None:
+    """What a request's answer lines come to: see `Ledger.reading`."""
+    reading = None
+    for line in lines:
+        if error := line["error"]:
+            filtered = error["code"] == "content_filter"
+            reading = Reading("filtered" if filtered else "failed", reason=one_line(f"{line['status'] or ''} {error['message'] or error['type']}"))
+        else:
+            reading = parse(line["reply"])
+        if reading.outcome == "ok":
+            break
+    return reading

@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from phased_ift_jax.records import UserError
@@ -102,17 +101,15 @@ class Budget:
         UserError: there is a limit, but no price, or the limit is no amount.
     """
 
-    def __init__(self, limit: float | None, price: Price | None, spent: float = 0.0) -> None:
+    def __init__(self, limit: float | None, price: Price | None, spent: float = 0.0, reserved: Mapping[str, float | None] | None = None) -> None:
         if limit is not None and not 0 < limit < math.inf:
             raise UserError(f"--budget_usd: {limit} is no amount; give one in USD, such as 20")
         if limit is not None and price is None:
             raise UserError("--budget_usd: the price of this model is not known; give it with --price INPUT OUTPUT, in USD per million tokens")
-        self.limit, self.price, self.spent = limit, price, spent
-        self._reserved: dict[object, float] = {}
-
-    @property
-    def reserved(self) -> float:
-        return math.fsum(self._reserved.values())
+        self.limit, self.price, self.spent, self.reserved = limit, price, spent, 0.0
+        self._reserved: dict[str, float] = {}
+        for key, usd in (reserved or {}).items():  # by an earlier start, of whose requests nobody knows yet what became of them
+            self._set_aside(key, usd)
 
     def worst_case(self, request: Request) -> float | None:
         return self.price.worst_case(request.body) if self.price else None
@@ -121,48 +118,49 @@ class Budget:
         """Whether so much may yet be spent, whatever what is under way costs. The limit itself is left by what rounding may hide."""
         return self.limit is None or self.spent + self.reserved + (usd or 0.0) <= self.limit * (1 - 1e-9)
 
-    def reserve(self, key: object, usd: float | None) -> bool:
+    def reserve(self, key: str, usd: float | None) -> bool:
         """Set a request's worst case aside, before it is sent; False where that could exceed the limit."""
         if not self.fits(usd):
             return False
-        self._reserved[key] = usd or 0.0
+        self._set_aside(key, usd)
         return True
 
-    def settle(self, key: object, usd: float | None) -> None:
-        """What a request did cost in place of what was set aside for it (which may be nothing: it was sent by an earlier start)."""
-        self._reserved.pop(key, None)
+    def settle(self, key: str, usd: float | None) -> None:
+        """What a request did cost, in place of what was set aside for it."""
+        self.reserved -= self._reserved.pop(key, 0.0)
         self.spent += usd or 0.0
+
+    def _set_aside(self, key: str, usd: float | None) -> None:
+        assert key not in self._reserved, "a request is under way once"
+        self._reserved[key] = usd or 0.0
+        self.reserved += usd or 0.0
 
     def cost(self, reply: Mapping[str, Any], reserved: float | None) -> float | None:
         """USD of a raw reply; one that does not tell its tokens counts at its worst case."""
         if self.price is None:
             return None
         try:
-            return self.price.cost(reply["usage"])
+            return max(self.price.cost(reply["usage"]), 0.0)
         except (KeyError, TypeError, AttributeError):
             return reserved
 
 
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """USD of many requests, with a 95 % interval."""
+class Forecast(NamedTuple):
+    """A sum over many requests, with a 95 % interval."""
 
-    usd: float
+    value: float
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"${self.usd:,.2f} (95 %: ${self.low:,.2f} to ${self.high:,.2f})"
 
+def forecast(sizes: Sequence[float], values: Sequence[float], count: int, total_size: float) -> Forecast:
+    """What `count` further requests of a total size come to, from a random sample: a ratio estimate, which knows how large those are.
 
-def forecast(sizes: Sequence[float], usd: Sequence[float], count: int, total_size: float) -> Forecast:
-    """What `count` requests of a total size cost, from a random sample of them: a ratio estimate, which knows how large the others are.
-
-    Nothing is known of a sample of one, so that two are the least.
+    Nothing is known of the spread of one, so that two are the least.
     """
     from scipy import stats
 
-    n, ratio = len(sizes), sum(usd) / sum(sizes)
-    squares = sum((cost - ratio * size) ** 2 for size, cost in zip(sizes, usd, strict=True))
-    error = count * math.sqrt(max(1 - n / count, 0) / n * squares / (n - 1)) * float(stats.t.ppf(0.975, n - 1))
-    return Forecast(ratio * total_size, max(ratio * total_size - error, sum(usd)), ratio * total_size + error)
+    n, ratio = len(sizes), sum(values) / sum(sizes)
+    squares = sum((value - ratio * size) ** 2 for size, value in zip(sizes, values, strict=True))
+    error = count * math.sqrt((1 / n + 1 / count) * squares / (n - 1)) * float(stats.t.ppf(0.975, n - 1))
+    return Forecast(ratio * total_size, max(ratio * total_size - error, 0.0), ratio * total_size + error)

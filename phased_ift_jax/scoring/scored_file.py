@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,8 @@ def check(out: str, data: Iterable[str]) -> Path:
     return path
 
 
-def write(out: Path, rows: Iterable[Mapping[str, Any]], unscored: Iterable[Unscored], card: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the three files, each whole or not at all, the card last; returns the card with what is counted here added.
+def write(out: Path, rows: Iterable[Mapping[str, Any]], unscored: Iterable[Unscored], card: Mapping[str, Any] | Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """Write the three files, each whole or not at all, the card last (a function is called when the others are written); returns the card with what is counted here added.
 
     That is `scored`, `unscored` (of each outcome), `mean_difficulty`, `sha256` of the scored file, `version` of this package and `written`.
     """
@@ -84,7 +84,7 @@ def write(out: Path, rows: Iterable[Mapping[str, Any]], unscored: Iterable[Unsco
     write_whole(out, lines())
     write_whole(beside(out, "unscored.jsonl"), others())
     counted = {"scored": count, "unscored": dict(outcomes), "mean_difficulty": total / count if count else None, "sha256": digest.hexdigest()}
-    whole = dict(card) | counted | {"version": __version__, "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    whole = dict(card() if callable(card) else card) | counted | {"version": __version__, "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     write_whole(beside(out, "card.json"), json.dumps(whole, ensure_ascii=False, indent=2) + "\n")
     return whole
 
