@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from test_hub import ROOT, Hub, refusal, serving, several, verb
 
+from phased_ift_jax import cli, score
 from phased_ift_jax.config import MeshConfig, TrainingConfig
 from phased_ift_jax.data import row_kinds
 from phased_ift_jax.data.packing import choose_shapes, pack
@@ -94,8 +98,8 @@ def test_difficulty_by_rank_keeps_order_and_ties(seed: int) -> None:
     assert by_rank([3.0, 1.0, 2.0, 2.0, 9.0]) == pytest.approx([4, 1, 2.5, 2.5, 5])
 
 
-def test_a_million_ranks_stay_apart_when_they_are_read_again() -> None:
-    figures = by_rank(np.arange(1_000_000))
+def test_many_ranks_stay_apart_when_they_are_read_again() -> None:
+    figures = by_rank(np.arange(200_000))
     assert len({row_kinds._difficulty({"difficulty": figure}) for figure in json.loads(json.dumps(figures.tolist()))}) == len(figures)
 
 
@@ -172,3 +176,80 @@ def test_what_cannot_be_measured_is_unscored_with_the_reason(shared_data: Path, 
     assert (made.card["settings"]["max_length"], made.card["settings"]["dtype"]) == (512, "float32")
     nothing = Reading(reading.records[2:], ())
     assert score_by_ifd(nothing, row_of, lambda records: ratios(records, str(shared_data / "stories260k"), "user_assistant")).rows == []
+
+
+# --- the verb, and the hub --------------------------------------------------------------------------------------------------------------
+
+
+def test_neither_scorers_nor_calibrate_load_jax_before_it_is_needed() -> None:
+    found = "import sys, phased_ift_jax.score, phased_ift_jax.calibrate; print(sorted({'jax', 'flax', 'torch', 'huggingface_hub', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", found], capture_output=True, text=True, check=True, cwd=ROOT).stdout == "[]\n"
+
+
+def test_the_verb_scores_without_a_question(shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], compilation_cache: None) -> None:
+    data = str(shared_data / "alpaca/random_9k.json")
+    for scorer, figure, words in (("length", "length", []), ("ifd", "ifd", ["--ifd_model", str(shared_data / "stories260k"), "--prompt_template", "alpaca", "--max_length", "256"])):
+        out = tmp_path / f"{scorer}.jsonl"
+        assert score.main([data, "--out", str(out), "--scorer", scorer, "--limit", "9", *words]) == 0
+        assert f"records scored in '{out}'" in capsys.readouterr().out
+        card = json.loads(beside(out, "card.json").read_text())
+        assert (card["scorer"], card["data"], card["scored"] + sum(card["unscored"].values())) == (scorer, [data], 9)
+        by_figure, by_difficulty = (sorted(lines(out), key=lambda row: row[key]) for key in (figure, "difficulty"))
+        assert [row["id"] for row in by_figure] == [row["id"] for row in by_difficulty]
+    assert (card["settings"]["prompt_template"], card["settings"]["max_length"]) == ("alpaca", 256)
+    assert score.main([str(out), "--out", str(tmp_path / "again.jsonl"), "--scorer", "import"]) == 0
+    assert [row["difficulty"] for row in lines(tmp_path / "again.jsonl")] == [row["difficulty"] for row in lines(out)]
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--scorer", "ifd", "--out", "x.jsonl"], "--ifd_model"),
+        (["--scorer", "ifd", "--out", "x.jsonl", "--ifd_model", "nowhere"], "no such folder 'nowhere'"),
+        (["--scorer", "length"], "--out"),
+        (["--push_to_hub", "scored"], "your-name/"),
+        (["--push_to_hub", "org/scored"], "scored.unscored.jsonl"),
+    ],
+)
+def test_what_is_wrong_with_the_command_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], wanted: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("scored.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    with pytest.raises(SystemExit) as end:
+        cli.run(score.main, ["scored.jsonl", *words])
+    said = capsys.readouterr().err.splitlines()
+    assert (end.value.code, len(said)) == (2, 1), said
+    assert wanted in said[0]
+
+
+def test_a_scored_file_is_published_with_its_card_and_without_raw_replies(tmp_path: Path) -> None:
+    data, out, home = tmp_path / "data.jsonl", tmp_path / "out/mine.jsonl", tmp_path / "home"
+    data.write_text("".join(json.dumps({"instruction": f"Do {i}", "output": "x" * i}) + "\n" for i in range(5)) + '{"instruction": "d"}\n')
+    names = ["scored.jsonl", "scored.unscored.jsonl", "scored.card.json"]
+    ours = [out, beside(out, "unscored.jsonl"), beside(out, "card.json")]
+    token = {"HF_TOKEN": "made-up"}
+    with serving(Hub()) as hub:
+        made = verb(hub.url, home, "score", data, "--out", out, "--scorer", "length", "--push_to_hub", "org/one", **token)
+        assert made.returncode == 0, made.stderr
+        assert f"uploaded: {hub.url}/datasets/org/one" in made.stdout
+        beside(out, "ledger.jsonl").write_text('{"reply": "raw"}\n')
+        again, whole = several(hub.url, home, ["score", out, "--push_to_hub", "org/two"], ["score", out, "--push_to_hub", "org/whole", "--with_ledger"], **token)
+        assert (again.returncode, whole.returncode) == (0, 0), again.stderr + whole.stderr
+
+        for name, also in (("one", set()), ("two", set()), ("whole", {"scored.ledger.jsonl"})):
+            repo = hub.repos[f"org/{name}"]
+            held = repo.commits[repo.names["main"]]
+            assert held.keys() == {*names, "README.md"} | also
+            assert [held[part] for part in names] == [path.read_bytes() for path in ours]
+            page = held["README.md"].decode()
+            assert page.startswith("---\nconfigs:\n- config_name: default\n  data_files: scored.jsonl\n")
+            assert "# 5 instructions" in page
+            assert "1 unusable" in page
+            assert "| 4.5 to 5 | 1 |" in page
+            assert json.loads(page.split("````json\n")[1].split("````")[0]) == json.loads(ours[2].read_text())
+
+        elsewhere, stranger = several(hub.url, home, ["score", out, "--push_to_hub", "other/one"], ["score", data, "--push_to_hub", "org/x"], **token)
+        assert "set HF_TOKEN" in refusal(elsewhere)
+        assert "no such file" in refusal(stranger)
+        out.write_text(out.read_text().replace("xxx", "yyy"))
+        assert "is not the file that" in refusal(verb(hub.url, home, "score", out, "--push_to_hub", "org/three", **token))
+        assert "org/three" not in hub.repos

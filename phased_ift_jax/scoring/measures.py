@@ -29,6 +29,13 @@ class Scored(NamedTuple):
     card: dict[str, Any]
 
 
+def score(scorer: str, reading: Reading, row_of: RowOf, ratios: Ratios) -> Scored:
+    """By the name of one of `SCORERS`; only "ifd" needs `ratios`."""
+    if scorer == "ifd":
+        return score_by_ifd(reading, row_of, ratios)
+    return {"import": import_scores, "length": score_by_length}[scorer](reading, row_of)
+
+
 def import_scores(reading: Reading, row_of: RowOf) -> Scored:
     """The records that have a difficulty or score, as they are; the others are unscored."""
     scored = [record for record in reading.records if isinstance(record, ScoredRecord)]
