@@ -42,23 +42,42 @@ def read(paths: str | Sequence[str], split: str = "train", append_period: bool =
     """
     records: list[InstructionRecord | ScoredRecord] = []
     quarantined: list[Quarantined] = []
+    for row in stream(paths, split, append_period):
+        if isinstance(row, Quarantined):
+            quarantined.append(row)
+        else:
+            records.append(row)
+    return Reading(tuple(records), tuple(quarantined))
+
+
+def stream(paths: str | Sequence[str], split: str = "train", append_period: bool = False) -> Iterator[InstructionRecord | ScoredRecord | Quarantined]:
+    """The same row by row, of which only the ids are kept."""
     ids = Ids()
     for path, rows in _places([paths] if isinstance(paths, str) else paths, split):
-        before = len(records) + len(quarantined)
+        empty = True
         for line, row in rows:
-            source = line if isinstance(line, Source) else Source(path, line)
+            source, empty = _source(path, line), False
             try:
-                records.append(record_of(row, source, ids, append_period))
+                yield record_of(row, source, ids, append_period)
             except BadRow as reason:
-                quarantined.append(Quarantined(source, id_or_none(row), str(reason)))
-        if len(records) + len(quarantined) == before:
+                yield Quarantined(source, id_or_none(row), str(reason))
+        if empty:
             raise UserError(f"data.path: '{path}' has no rows")
-    return Reading(tuple(records), tuple(quarantined))
+
+
+def columns(path: str, keys: Sequence[str], split: str = "train") -> dict[Source, dict[str, Any]]:
+    """What rows hold under keys that are no part of a record, by where the rows are; null is as good as nothing."""
+    places = [(_source(where, line), row) for where, rows in _places([path], split) for line, row in rows if isinstance(row, dict)]
+    return {source: found for source, row in places if (found := {key: row[key] for key in keys if row.get(key) is not None})}
+
+
+def _source(path: str, line: int | Source) -> Source:
+    return line if isinstance(line, Source) else Source(path, line)
 
 
 def in_order(paths: Iterable[str]) -> list[str]:
     """Paths of sources in the order of the bins that they make: as they come, but splits of a TFDS folder of phases as its phases come."""
-    groups = {path: _phases(path.rpartition("/")[0]) if path.startswith("tfds:") else [] for path in paths}
+    groups = {path: _phases(path.rpartition("/")[0]) if path.startswith("tfds:") else [] for path in dict.fromkeys(paths)}
     return list(dict.fromkeys(file for path, group in groups.items() for file in group or [path]))
 
 
