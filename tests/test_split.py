@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 
 from phased_ift_jax import cli, split
 from phased_ift_jax import config as configs
+from phased_ift_jax.data.phase_files import run_card
 from phased_ift_jax.data.phase_files import split as split_rows
 from phased_ift_jax.data.phases import hash_of_ids
 from phased_ift_jax.data.readers import read
@@ -192,7 +194,8 @@ def test_the_official_stage_three(shared_data: Path, tmp_path: Path, capsys: pyt
 def test_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows: list[Any] = rows_of([1.0, 4.166666666666667, 1.0, None, 2.5, 3.5, 3.5, 5.0])
     data = written(tmp_path / "scored.jsonl", [*rows, "{no json"])
-    (tmp_path / "scored.card.json").write_text('{"model": "a-model", "prompt_version": 1}')
+    card = {"scorer": "llm", "model": "a-model", "sha256": hashlib.sha256(data.read_bytes()).hexdigest()}
+    (tmp_path / "scored.card.json").write_text(json.dumps(card))
     out = tmp_path / "out" / "phases"
     assert verb(data, "--out", out, "--thresholds", 1.5, 3.5, "--names", "easy", "medium", "hard") == 0
     shown = capsys.readouterr().out
@@ -207,7 +210,9 @@ def test_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert all(b["ids_sha256"] == hash_of_ids(b["ids"]) for b in listed["bins"])
     assert listed["bins"][0]["mean_words"] == 2.0  # of "word" and "word word word"
     assert "mean_tokens" not in listed["bins"][0]
-    assert listed["scorer"] == {"model": "a-model", "prompt_version": 1}
+    assert listed["scorer"] == card
+    (tmp_path / "scored.card.json").write_text(json.dumps(card | {"sha256": "of another file"}))
+    assert run_card(str(data)) is None
     assert listed["chosen"] == {"by": "thresholds", "asked": [1.5, 3.5]}
     left = [json.loads(line) for line in (out / "unscored.jsonl").read_text().splitlines()]
     assert [(row["line"], row["id"], row["reason"].split(":")[0]) for row in left] == [(4, "r3", "no score"), (9, None, "not valid JSON")]

@@ -1,6 +1,6 @@
 """The TFDS dataset of phases: one split a phase, as ArrayRecord files, without TensorFlow. Imported where one is written only.
 
-Reading it back is `readers`' work: `tfds:FOLDER`, with the split `all` in the order that the rows had before they were split.
+`tfds_folders` reads it back: `tfds:FOLDER`, with the split `all` in the order that the rows had before they were split.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from phased_ift_jax.data.readers import PHASES
+from phased_ift_jax.data.tfds_folders import PHASES
 from phased_ift_jax.files import building, clear
 
 UNSCORED = "unscored"  # the split of the rows that are in no phase

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -86,13 +87,17 @@ def _tokens(records: Sequence[InstructionRecord], encode: Encode) -> int:
 
 
 def run_card(path: str) -> dict[str, Any] | None:
-    """What `score` says of a file of scores in the run card beside it (scored.card.json beside scored.jsonl); None where there is none."""
+    """What `score` says of a scored file in the run card beside it (scored.card.json beside scored.jsonl); None where there is none for this file."""
+    if not path.endswith(".jsonl"):
+        return None
+    texts = []
     try:
-        card = f"{os.path.splitext(path)[0]}.card.json"
-        told = json.loads((pictures.copy(card, "split") if pictures.is_ours(path) else Path(card).expanduser()).read_text(encoding="utf-8"))
+        for place in (path, path.removesuffix(".jsonl") + ".card.json"):
+            texts.append((pictures.copy(place, "split") if pictures.is_ours(place) else Path(place).expanduser()).read_bytes())
+        card = json.loads(texts[1])
     except (OSError, ValueError, UserError):
         return None
-    return told if isinstance(told, dict) else None
+    return card if isinstance(card, dict) and card.get("sha256") == hashlib.sha256(texts[0]).hexdigest() else None
 
 
 @contextmanager

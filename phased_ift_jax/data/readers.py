@@ -17,16 +17,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from reprlib import repr as short
 from typing import Any
 
-import numpy as np
-
 from phased_ift_jax import pictures
-from phased_ift_jax.data.row_kinds import BadRow, Ids, id_or_none, is_unicode, kind, record_of
+from phased_ift_jax.data import tfds_folders
+from phased_ift_jax.data.row_kinds import BadRow, Ids, id_or_none, is_unicode, kind, one_line, record_of
 from phased_ift_jax.object_store import Objects
 from phased_ift_jax.records import InstructionRecord, Quarantined, Reading, ScoredRecord, Source, UserError
 
 KEY = "data.path"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-PHASES = "phases"  # in the metadata of a TFDS folder that `split` has written: the splits that are phases, in their order
 Rows = Iterator[tuple[int | Source, Any]]  # the 1-based line (or source) and the row there, or the `BadRow` that stands in its place
 
 
@@ -73,12 +71,6 @@ def columns(path: str, keys: Sequence[str], split: str = "train") -> dict[Source
 
 def _source(path: str, line: int | Source) -> Source:
     return line if isinstance(line, Source) else Source(path, line)
-
-
-def in_order(paths: Iterable[str]) -> list[str]:
-    """Paths of sources in the order of the bins that they make: as they come, but splits of a TFDS folder of phases as its phases come."""
-    groups = {path: _phases(path.rpartition("/")[0]) if path.startswith("tfds:") else [] for path in dict.fromkeys(paths)}
-    return list(dict.fromkeys(file for path, group in groups.items() for file in group or [path]))
 
 
 # --- places: what a path names -------------------------------------------------------------------------------------------------
@@ -169,7 +161,7 @@ def _guarded(path: str, rows: Callable[[str], Rows]) -> Rows:
     try:
         yield from rows(local)
     except OSError as error:
-        raise UserError(f"data.path: cannot read '{path}': {error.strerror or _one_line(error)}") from None
+        raise UserError(f"data.path: cannot read '{path}': {error.strerror or one_line(error)}") from None
     except UserError as error:
         raise UserError(str(error).replace(local, path)) from None
 
@@ -297,7 +289,7 @@ def _parquet(path: str) -> Rows:
             _once(file.schema_arrow.names, f"{path}: the schema")
             yield from _arrow_rows(file.iter_batches(batch_size=1024))
     except (pa.ArrowException, UnicodeDecodeError) as error:  # a column's name may be no text, too
-        raise UserError(f"data.path: '{path}' is not readable as parquet: {_one_line(error)}") from None
+        raise UserError(f"data.path: '{path}' is not readable as parquet: {one_line(error)}") from None
 
 
 def _arrow_rows(batches: Iterable[Any]) -> Rows:
@@ -317,7 +309,7 @@ def _arrow_row(one_row: Any) -> object:
     except UnicodeDecodeError:
         return BadRow("invalid UTF-8")
     except (ValueError, OverflowError) as error:
-        return BadRow(f"a cell cannot be read: {_one_line(error)}")
+        return BadRow(f"a cell cannot be read: {one_line(error)}")
 
 
 def _hub(name: str, split: str) -> Rows:
@@ -331,7 +323,7 @@ def _hub(name: str, split: str) -> Rows:
 
 
 def _hub_fault(error: Exception, name: str) -> str:
-    text = _one_line(error)
+    text = one_line(error)
     if re.search(r"gated|\b40[13]\b", text):
         return f"accept the licence on its page, https://huggingface.co/datasets/{name}, then set HF_TOKEN"
     if isinstance(error, ConnectionError) or "offline" in text.lower():
@@ -342,62 +334,10 @@ def _hub_fault(error: Exception, name: str) -> str:
 
 
 def _tfds(name: str, split: str) -> Rows:
-    import tensorflow_datasets as tfds
-
     folder = os.path.expanduser(name)
-    is_folder = os.path.isdir(folder)
-    if is_folder and not os.path.exists(os.path.join(folder, "dataset_info.json")):
-        versions = sorted(glob.glob(os.path.join(glob.escape(folder), "**", "dataset_info.json"), recursive=True))
-        hint = f"; did you mean 'tfds:{os.path.dirname(versions[-1])}'?" if versions else ""
-        raise UserError(f"data.path: no dataset_info.json in '{name}'{hint}")
-    if not is_folder and name.startswith(("/", ".", "~")):
+    if not os.path.isdir(folder) and name.startswith(("/", ".", "~")):
         raise UserError(f"data.path: no such folder '{name}'{_nearest(folder)}")
-    phases = _phases(f"tfds:{name}")
-    try:
-        builder = tfds.builder_from_directory(folder) if is_folder else None
-        parts = list(builder.info.splits) if builder and phases and split == "all" else [split]
-        sources = [(part, builder.as_data_source(split=part) if builder else tfds.data_source(name, split=part)) for part in parts]
-    except Exception as error:  # the border to TFDS: unknown names, unknown splits, files of another format
-        hint = "; its phases are read with data.split: all" if phases else ""
-        raise UserError(f"data.path: TFDS dataset '{name}', split '{split}': {_one_line(error)}{hint}") from None
-    if phases and split == "all":  # in the order in which they were before they were split
-        rows = [(row, Source(f"tfds:{name}/{part}", line)) for part, source in sources for line, row in _tfds_rows(source)]
-        yield from ((source, row) for row, source in sorted(rows, key=lambda pair: pair[0]["position"]))
-    else:
-        yield from _tfds_rows(sources[0][1])
-
-
-def _tfds_rows(source: Any) -> Iterator[tuple[int, Any]]:
-    for index in range(len(source)):
-        try:
-            # TFDS knows no null: a list without entries stands for it
-            yield index + 1, {key: value for key, value in _plain(source[index]).items() if value not in ([], {"role": [], "content": []})}
-        except UnicodeDecodeError:
-            yield index + 1, BadRow("invalid UTF-8")
-
-
-def _phases(path: str) -> list[str]:
-    """The sources that the phases of a TFDS folder are, easiest first, where `split` has written it; else none."""
-    try:
-        with open(os.path.join(os.path.expanduser(path.removeprefix("tfds:")), "metadata.json"), encoding="utf-8") as file:
-            return [f"{path}/{name}" for name in json.load(file)[PHASES]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-
-
-def _plain(value: Any) -> Any:
-    """TFDS values as JSON would have them."""
-    if isinstance(value, bytes):
-        return value.decode()
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [_plain(item) for item in value]
-    return value.item() if isinstance(value, np.generic) else value
+    yield from tfds_folders.rows(name, split)
 
 
 FORMATS: dict[str, Callable[[str], Rows]] = {".json": _json, ".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".parquet": _parquet}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
