@@ -19,7 +19,6 @@ from typing import NoReturn
 from phased_ift_jax.records import Failure, UserError
 
 VERBS = {
-    "split": "put scored data into phases: thresholds, a picture, phases.json",
     "train": "train a model in phases, or at once",
     "plan": "what a run will do, before it does it",
     "convert": "models between Hugging Face folders and orbax checkpoints",
@@ -27,6 +26,7 @@ VERBS = {
     "inspect": "what a model is and whether it can be trained, without loading it",
     "calibrate": "how a scored file agrees with another, and what that other can test",
     "score": "how difficult records are: ask a model once, and never pay twice",
+    "split": "put scored data into phases: thresholds, a picture, phases.json",
     "fetch": "download scored Alpaca, raw Alpaca or the test sets",
 }
 
