@@ -14,6 +14,7 @@ import numpy as np
 from phased_ift_jax.config import CurriculumConfig, DataConfig
 from phased_ift_jax.data import readers
 from phased_ift_jax.data.phases import Curriculum, assign_bins, curriculum_of, draw_phases, hold_out, plain
+from phased_ift_jax.data.tfds_folders import in_order
 from phased_ift_jax.data.tokenization import tokenize
 from phased_ift_jax.files import write_whole
 from phased_ift_jax.records import InstructionRecord, Phase, Quarantined, TokenizedExample, UserError
@@ -70,7 +71,7 @@ def prepare(data: DataConfig, curriculum: CurriculumConfig, seed: int, tokenizer
     examples = [result if isinstance(result, TokenizedExample) else None for result in results]
     if not any(examples):  # nothing to put in bins: the first row's fault says more than a complaint about scores or lengths
         _refuse_if_many([*reading.quarantined, *(result for result in results if isinstance(result, Quarantined))], reading.rows, data.max_quarantined)
-    files = list(dict.fromkeys(plain(record).source.path for record in records))
+    files = in_order(plain(record).source.path for record in records)
     binning = assign_bins(curriculum.bins, records, examples, files)
     usable = np.array([example is not None for example in examples]) & (binning.bin_of > 0)
     truncated = np.array([example is not None and example.truncated for example in examples])
