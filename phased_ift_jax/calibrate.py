@@ -67,7 +67,7 @@ def known(path: str) -> list[Known]:
 def _records(path: str) -> Sequence[InstructionRecord | ScoredRecord]:
     reading = readers.read(path)
     if bad := reading.quarantined:
-        print(f"note: {len(bad):,} rows of '{path}' cannot be used; the first, line {bad[0].source.line}: {bad[0].reason}", file=sys.stderr)
+        print(f"note: of '{path}' {len(bad):,} cannot be used; the first is line {bad[0].source.line}: {bad[0].reason}", file=sys.stderr)
     return reading.records
 
 

@@ -179,7 +179,7 @@ def test_labels_without_scores_are_enough(some: Callable[..., str], capsys: pyte
     assert verb.main([scored, "--against", labels]) == 0
     said = capsys.readouterr()
     assert "spearman  not defined" in said.out
-    assert "1 rows of" in said.err
+    assert "scored.jsonl' 1 cannot be used" in said.err
     assert "line 4: `score` is 'NaN'" in said.err
     with pytest.raises(UserError):
         verb.known(scored.replace("scored", "missing"))
