@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from phased_ift_jax import calibrate as verb
-from phased_ift_jax import cli, score
+from phased_ift_jax import cli
 from phased_ift_jax.data.readers import read
 from phased_ift_jax.data.row_kinds import row_of
 from phased_ift_jax.records import InstructionRecord, Source, Turn, UserError
+from phased_ift_jax.score import main as score_main
 from phased_ift_jax.scoring import scored_file
 from phased_ift_jax.scoring.calibration import STAGE3, Known, calibrate, match
 from phased_ift_jax.scoring.measures import score_by_length
@@ -126,7 +127,7 @@ def test_length_against_the_labels_gives_the_known_figure(shared_data: Path, tmp
 @pytest.mark.slow
 def test_ifd_by_stories260k_gives_the_figure_of_the_docs(shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "ifd.jsonl"
-    assert score.main([str(shared_data / "alpaca/random_9k.json"), "--out", str(out), "--scorer", "ifd", "--ifd_model", str(shared_data / "stories260k")]) == 0
+    assert score_main([str(shared_data / "alpaca/random_9k.json"), "--out", str(out), "--scorer", "ifd", "--ifd_model", str(shared_data / "stories260k")]) == 0
     assert "9,223 records scored" in capsys.readouterr().out
     assert round(told(capsys, out, shared_data / LABELLED)["thresholds"][1]["auc"], 3) == 0.601
 
