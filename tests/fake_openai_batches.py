@@ -1,7 +1,8 @@
 """Files and batches of the OpenAI on 127.0.0.1: a batch is validated, worked off in the background, and ends as its fate has it.
 
 Fates: completed; expired:F and cancelled:F (a share F is done; an expired batch lists the others as errors, a cancelled one nowhere); failed;
-errors (every line failed, 500); no_output (completed, without any file); limit (failed: too many tokens wait already); refused (never created).
+errors (every line failed, 500); no_output (completed, without any file); limit (failed: too many tokens wait already); refused (never
+created); hasty (completed a while before it names its files).
 """
 
 from __future__ import annotations
@@ -211,6 +212,8 @@ class Batches:
         if fate == "expired":
             late = {"code": "batch_expired", "message": "This request could not be executed before the completion window expired."}
             errors += [self.line(line, None, late) for line in lines[len(outputs) + len(errors) :]]
+        if fate == "hasty":
+            enter("completed")
         await asyncio.sleep(seconds / 5)
         for name, found in (("output_file_id", outputs), ("error_file_id", errors)):
             random.Random(batch["id"]).shuffle(found)  # no order is promised

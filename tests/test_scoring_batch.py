@@ -73,7 +73,7 @@ def test_questions_are_split_by_bytes_and_one_that_fits_no_file_has_failed(out: 
         assert once_each(server, 50)["files"] == counts["files"]
 
 
-FATES = ("expired:0.5", "expired:0", "cancelled:0.5", "cancelled:1", "errors", "no_output", "failed", "limit", "expired:0.5,cancelled:0.3,errors,no_output,expired:0.9")
+FATES = ("expired:0.5", "expired:0", "cancelled:0.5", "cancelled:1", "hasty", "errors", "no_output", "failed", "limit", "expired:0.5,cancelled:0.3,errors,no_output,expired:0.9")
 
 
 @pytest.mark.parametrize("fate", FATES)
