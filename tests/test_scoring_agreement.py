@@ -169,7 +169,10 @@ def test_one_constant_row_has_a_kappa_of_zero() -> None:
     assert agreement.spearman([1, 2, 3], [2, 2, 2]) == Figure(None, 3)
 
 
-@pytest.mark.parametrize(("a", "b", "says"), [([1, 2], [1], "of one length"), ([1, math.nan], [1, 2], "no finite"), ([[1], [2]], [[1], [2]], "two rows"), ([1, math.inf], [1, 2], "no finite")])
+@pytest.mark.parametrize(
+    ("a", "b", "says"),
+    [([1, 2], [1], "of one length"), ([1, math.nan], [1, 2], "no finite"), ([[1], [2]], [[1], [2]], "two rows"), ([1, math.inf], [1, 2], "no finite")],
+)
 def test_what_cannot_be_compared_is_refused(a: list[float], b: list[float], says: str) -> None:
     for figure in FIGURES:
         with pytest.raises(ValueError, match=says):

@@ -14,6 +14,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from reprlib import repr as short
@@ -119,8 +120,11 @@ class Settings:
 # zero widths, fillers, variation selectors, tags, surrogates. Spelt out, since Unicode's tables change with Python, and a key must not.
 ESCAPED = re.compile(
     r"<|\[(?=/?[gs]?[A-Z_]{2,}\])|[\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164]"
-    r"|[\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\uffff\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+    r"|[\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\uffff\U00013430-\U0001345f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
+
+
+_as_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def quoted(record: InstructionRecord) -> str:
@@ -131,7 +135,7 @@ def quoted(record: InstructionRecord) -> str:
     """
     turns = [{"instruction": turn.instruction} | ({"input": turn.input} if turn.input else {}) | {"response": turn.response} for turn in record.turns]
     content = ({"system": record.system} if record.system else {}) | (turns[0] if len(turns) == 1 else {"conversation": turns})
-    return ESCAPED.sub(_escape, json.dumps(content, ensure_ascii=False))
+    return ESCAPED.sub(_escape, _as_json(content))
 
 
 def _escape(found: re.Match[str]) -> str:
@@ -140,22 +144,26 @@ def _escape(found: re.Match[str]) -> str:
 
 
 def request_of(record: InstructionRecord, settings: Settings, sample: int = 0) -> Request:
-    """The question about one record; `sample` 1, 2 ... asks it once more."""
-    numbers = NUMBERS[settings.expected_score]
-    system = settings.prompt.system.replace("{numbers}", numbers)
-    before, after = settings.prompt.user.replace("{numbers}", numbers).split("{record}")
-    messages = [{"role": "system", "content": system}] if system else []
-    body: dict[str, Any] = {"model": settings.model, "messages": [*messages, {"role": "user", "content": before + quoted(record) + after}]}
-    body["max_completion_tokens"] = settings.max_completion_tokens or (4096 if settings.reasons else 64)
+    """The question about one record; `sample` 1, 2 ... asks it once more. Bodies of equal settings share what they have in common."""
+    messages, before, after, rest = _frame(settings)
+    return Request({"model": settings.model, "messages": [*messages, {"role": "user", "content": before + quoted(record) + after}]} | rest, sample)
+
+
+@lru_cache(maxsize=8)
+def _frame(settings: Settings) -> tuple[list[dict[str, str]], str, str, dict[str, Any]]:
+    """What is the same for all records: messages, the text before and after the record, and the other keys of a body."""
+    system, user = (text.replace("{numbers}", NUMBERS[settings.expected_score]) for text in (settings.prompt.system, settings.prompt.user))
+    rest: dict[str, Any] = {"max_completion_tokens": settings.max_completion_tokens or (4096 if settings.reasons else 64)}
     if settings.structured != "none":
-        body["response_format"] = {"type": "json_object"} if settings.structured == "json_object" else _schema(settings.expected_score)
+        rest["response_format"] = {"type": "json_object"} if settings.structured == "json_object" else _schema(settings.expected_score)
     if settings.reasoning_effort is not None:
-        body["reasoning_effort"] = settings.reasoning_effort
+        rest["reasoning_effort"] = settings.reasoning_effort
     if settings.temperature is not None and not settings.reasons:
-        body["temperature"] = settings.temperature
+        rest["temperature"] = settings.temperature
     if settings.expected_score:
-        body |= {"logprobs": True, "top_logprobs": 20}
-    return Request(body, sample)
+        rest |= {"logprobs": True, "top_logprobs": 20}
+    before, after = user.split("{record}")
+    return [{"role": "system", "content": system}] if system else [], before, after, rest
 
 
 def _schema(whole: bool) -> dict[str, Any]:
@@ -172,6 +180,8 @@ def requests_for(records: Iterable[InstructionRecord], settings: Settings, repea
     for record in records:
         request = request_of(record, settings)
         yield request
+        if not repeat_share:
+            continue
         draw = hashlib.sha256(f"{seed}:{request.key}".encode()).digest()
         if int.from_bytes(draw[:8]) < repeat_share * 2**64:
             yield Request(request.body, 1)
@@ -205,7 +215,7 @@ _OBJECTS = [rf"\{{{_BLANK}{one}{_BLANK},{_BLANK}{other}{_BLANK}\}}" for one, oth
 FORMS = [re.compile(rf"{_BLANK}(?P<fence>```(?:json)?{_BLANK})?{form}{_BLANK}(?(fence)```{_BLANK})") for form in _OBJECTS]
 FORMS.append(re.compile(rf"{_BLANK}{_INSTRUCTION}[ \t]+{_RESPONSE}{_BLANK}"))
 LONGEST = 1000  # characters of a reply that may be two numbers
-LEAST_MASS = 0.9  # of the probability, that must lie on whole numbers from 1 to 5
+LEAST_MASS = 0.8  # of the probability must lie on whole numbers from 1 to 5
 
 
 def parser(settings: Settings) -> Callable[[Mapping[str, Any]], Reading]:
@@ -255,7 +265,7 @@ def _expected(tokens: list[Mapping[str, Any]], text: str) -> Reading:
         covered = math.fsum(mass.values())
         if not LEAST_MASS <= covered <= 1.001:
             return Reading("unparseable", reason=f"{part}: the whole numbers from 1 to 5 hold {covered:.3g} of the probability; wanted: {LEAST_MASS} to 1")
-        means.append(math.fsum(number * share for number, share in mass.items()) / covered)
+        means.append(round(math.fsum(number * share for number, share in mass.items()) / covered, 6))
     return Reading("ok", (means[0], means[1]))
 
 
@@ -264,7 +274,7 @@ def _tokens(reply: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     try:
         tokens: list[Mapping[str, Any]] = [{**token, "top_logprobs": list(token["top_logprobs"])} for token in reply["choices"][0]["logprobs"]["content"]]
         one_by_one = [one for token in tokens for one in (token, *token["top_logprobs"])]
-        sound = all(isinstance(one["token"], str) and isinstance(one["logprob"], int | float) and one["logprob"] <= 0.001 for one in one_by_one)
+        sound = all(isinstance(one["token"], str) and type(one["logprob"]) in (int, float) and one["logprob"] <= 0.001 for one in one_by_one)
     except (TypeError, KeyError, IndexError, AttributeError):
         return []
     return tokens if sound else []
