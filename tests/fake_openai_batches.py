@@ -72,10 +72,11 @@ class Batches:
             self.server.kinds[f"{call.path.split('/')[2]} {fault}"] += 1
         if fault in ("server_error", "unavailable", "limited"):
             raise Refused({"server_error": 500, "unavailable": 503, "limited": 429}[fault], "Try again later.", kind="server_error", retry_after="0.01")
-        self.server.loop.call_later(options.batch_latency / 2, self.act, call, fault)
+        wait = options.batch_latency + (options.create_latency if (call.method, call.path) == ("POST", "/v1/batches") else 0.0)
+        self.server.loop.call_later(wait / 2, self.act, call, fault, wait / 2)
         return None
 
-    def act(self, call: Call, fault: str) -> None:
+    def act(self, call: Call, fault: str, wait: float) -> None:
         try:
             made, status, headers = self.answer(call), 200, {}
         except Refused as refused:
@@ -83,7 +84,7 @@ class Batches:
         if isinstance(made, bytes):
             headers = {"content-type": "application/octet-stream"}
         content = made if isinstance(made, bytes) else json.dumps(made).encode()  # as it is now
-        self.server.loop.call_later(self.server.options.batch_latency / 2, lambda: call.reply(status, content, headers, cut=fault))
+        self.server.loop.call_later(wait, lambda: call.reply(status, content, headers, cut=fault))
 
     def answer(self, call: Call) -> Any:
         _, kind, name, action, *_ = [*call.path.strip("/").split("/"), "", "", ""]
