@@ -214,6 +214,7 @@ def test_both_modes_share_a_ledger_and_make_the_same_file(tmp_path: Path, monkey
     from phased_ift_jax import score
 
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    old = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the verb's process has it
     data = tmp_path / "data.json"
     data.write_text(json.dumps([{"instruction": f"Name {i} fish.", "input": "", "output": "cod, " * i} for i in range(1, 40)]))
     with fake_openai.serving(seed=5, faults=0.2, kinds="fraction,refusal,server_error") as server:
@@ -232,6 +233,7 @@ def test_both_modes_share_a_ledger_and_make_the_same_file(tmp_path: Path, monkey
             server.questions.clear()
             server.bodies.clear()
         assert made["live"] == made["batch"]
+    assert signal.signal(signal.SIGTERM, old) is signal.default_int_handler
 
 
 def test_no_server_is_a_failure_that_says_how_to_go_on(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
