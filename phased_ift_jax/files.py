@@ -10,7 +10,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,11 +20,11 @@ LOCK = ".lock"
 TRIES = 5
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file aside and rename it: whoever reads it sees the old text or the new one, never a part."""
+def write_whole(path: Path, text: str | Iterable[str]) -> None:
+    """Write a text file, given at once or in pieces, aside and rename it: whoever reads it sees the old text or the new one, never a part."""
     aside = path.with_name(f".{path.name}.part")
     with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
+        file.writelines([text] if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)

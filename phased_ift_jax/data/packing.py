@@ -140,19 +140,21 @@ def _needed(steps: Sequence[np.ndarray], rows: int, packed: bool) -> np.ndarray:
     return np.concatenate(found)
 
 
+def placed(lengths: Sequence[int], shapes: Shapes) -> tuple[list[list[int]], int]:
+    """Which examples of one step lie in each row, by index and in order (their segments are 1, 2, ...), and the shortest row length that holds them."""
+    if shapes.packed:
+        ordered = np.sort(np.array(lengths, np.int64))[::-1][None]
+        fitted = int(shortest_rows(ordered, shapes.rows)[0])
+        return first_fit(lengths, fitted), fitted
+    return [[index] for index in range(len(lengths))], -(-max(lengths) // GRANULE) * GRANULE
+
+
 def pack(examples: Sequence[TokenizedExample], shapes: Shapes, accumulation: int = 1) -> PackedBatch:
     """The batch of one step: arrays (A, rows / A, T), T the shortest of the shapes' lengths that holds these examples.
 
     Examples are packed at the length that fits them best and then padded up to T, so that they lie the same whatever lengths were chosen.
     """
-    lengths = [len(example.tokens) for example in examples]
-    if shapes.packed:
-        ordered = np.sort(np.array(lengths, np.int64))[::-1][None]
-        fitted = int(shortest_rows(ordered, shapes.rows)[0])
-        rows = first_fit(lengths, fitted)
-    else:
-        fitted = -(-max(lengths) // GRANULE) * GRANULE
-        rows = [[index] for index in range(len(lengths))]
+    rows, fitted = placed([len(example.tokens) for example in examples], shapes)
     T = next((length for length in shapes.lengths if length >= fitted), fitted)
     tokens, targets, segments, positions = (np.zeros((shapes.rows, T), np.int32) for _ in range(4))
     weights = np.zeros((shapes.rows, T), np.float32)

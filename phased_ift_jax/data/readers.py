@@ -41,18 +41,27 @@ def read(paths: str | Sequence[str], split: str = "train", append_period: bool =
     """
     records: list[InstructionRecord | ScoredRecord] = []
     quarantined: list[Quarantined] = []
+    for row in stream(paths, split, append_period):
+        if isinstance(row, Quarantined):
+            quarantined.append(row)
+        else:
+            records.append(row)
+    return Reading(tuple(records), tuple(quarantined))
+
+
+def stream(paths: str | Sequence[str], split: str = "train", append_period: bool = False) -> Iterator[InstructionRecord | ScoredRecord | Quarantined]:
+    """The same row by row, of which only the ids are kept."""
     ids = Ids()
     for path, rows in _places([paths] if isinstance(paths, str) else paths, split):
-        before = len(records) + len(quarantined)
+        empty = True
         for line, row in rows:
-            source = Source(path, line)
+            source, empty = Source(path, line), False
             try:
-                records.append(record_of(row, source, ids, append_period))
+                yield record_of(row, source, ids, append_period)
             except BadRow as reason:
-                quarantined.append(Quarantined(source, id_or_none(row), str(reason)))
-        if len(records) + len(quarantined) == before:
+                yield Quarantined(source, id_or_none(row), str(reason))
+        if empty:
             raise UserError(f"data.path: '{path}' has no rows")
-    return Reading(tuple(records), tuple(quarantined))
 
 
 # --- places: what a path names -------------------------------------------------------------------------------------------------

@@ -54,10 +54,8 @@ def _scan(
     def add(sums: Sums, chunk: tuple[jax.Array, ...]) -> tuple[Sums, jax.Array | None]:
         hidden_BTD, targets_BT, weights_BT = chunk
         weights_BT = weights_BT.astype(wide)
-        scores_BTV = jnp.einsum(f"BTD,{dims}->BTV", hidden_BTD, whole_head, preferred_element_type=wide)
-        total_BT = jax.nn.logsumexp(scores_BTV, axis=-1)
-        chosen_BTV = jnp.arange(scores_BTV.shape[-1], dtype=targets_BT.dtype) == targets_BT[..., None]
-        loss = sums[0] + jnp.sum((total_BT - jnp.sum(jnp.where(chosen_BTV, scores_BTV, 0), axis=-1)) * weights_BT)
+        losses_BT, scores_BTV, total_BT, chosen_BTV = _each(hidden_BTD, whole_head, targets_BT, dims, wide)
+        loss = sums[0] + jnp.sum(losses_BT * weights_BT)
         if sums[1] is None:
             return (loss, None), None
         errors_BTV = ((jnp.exp(scores_BTV - total_BT[..., None]) - chosen_BTV.astype(wide)) * weights_BT[..., None]).astype(hidden_BTD.dtype)
@@ -69,13 +67,25 @@ def _scan(
     if chunks == 1:
         sums, hidden_gradient_BTD = add(sums, (hidden_BTD, targets_BT, weights_BT))
     else:
-        cut = [array.reshape(B, chunks, T // chunks, *array.shape[2:]).swapaxes(0, 1) for array in (hidden_BTD, targets_BT, weights_BT)]
-        sums, hidden_gradient_CBTD = jax.lax.scan(add, sums, tuple(cut))
+        sums, hidden_gradient_CBTD = jax.lax.scan(add, sums, _cut(chunks, hidden_BTD, targets_BT, weights_BT))
         hidden_gradient_BTD = None if hidden_gradient_CBTD is None else hidden_gradient_CBTD.swapaxes(0, 1).reshape(B, T, D)
     if sums[1] is None:
         return sums[0], None, None
     # added up over the devices before the layers' backward pass starts, which does not wait for it and would leave it whole till the end
     return sums[0], *jax.lax.optimization_barrier((hidden_gradient_BTD, constrain(sums[1], dims, mesh)))
+
+
+def _each(hidden_BTD: jax.Array, head: jax.Array, targets_BT: jax.Array, dims: str, wide: jnp.dtype) -> tuple[jax.Array, ...]:
+    """-log p(target) of every position (B, T), and what it is made of: scores (B, T, V), their logsumexp (B, T), where the target is (B, T, V)."""
+    scores_BTV = jnp.einsum(f"BTD,{dims}->BTV", hidden_BTD, head, preferred_element_type=wide)
+    total_BT = jax.nn.logsumexp(scores_BTV, axis=-1)
+    chosen_BTV = jnp.arange(scores_BTV.shape[-1], dtype=targets_BT.dtype) == targets_BT[..., None]
+    return total_BT - jnp.sum(jnp.where(chosen_BTV, scores_BTV, 0), axis=-1), scores_BTV, total_BT, chosen_BTV
+
+
+def _cut(chunks: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Arrays (B, T, ...) as (chunks, B, T / chunks, ...)."""
+    return tuple(array.reshape(len(array), chunks, -1, *array.shape[2:]).swapaxes(0, 1) for array in arrays)
 
 
 def chunks_of(T: int, rows: int) -> int:
@@ -91,3 +101,14 @@ def summed_loss(config: DecoderConfig, params: Params, batch: PackedBatch, compu
     hidden_BTD = decoder.hidden_states(config, params, batch.tokens_BT, batch.segments_BT, batch.positions_BT, compute)
     head, dims = decoder.unembedding(config, params)
     return cross_entropy(hidden_BTD, head, batch.targets_BT, batch.weights_BT, dims, compute.mesh)
+
+
+def token_losses(config: DecoderConfig, params: Params, batch: PackedBatch, compute: Compute = Compute()) -> jax.Array:  # noqa: B008 - frozen
+    """The loss of each trained token, at the position before it and zero elsewhere, of packed rows (B, T): what `summed_loss` adds up."""
+    hidden_BTD = decoder.hidden_states(config, params, batch.tokens_BT, batch.segments_BT, batch.positions_BT, compute)
+    head, dims = decoder.unembedding(config, params)
+    (B, T, _), wide = hidden_BTD.shape, jnp.promote_types(hidden_BTD.dtype, jnp.float32)
+    whole_head = gathered(head, dims, hidden_BTD.dtype, compute.mesh)
+    chunks = chunks_of(T, -(-B // (1 if compute.mesh is None else batch_rows(compute.mesh.shape))))
+    losses_CBT = jax.lax.map(lambda chunk: _each(chunk[0], whole_head, chunk[1], dims, wide)[0], _cut(chunks, hidden_BTD, batch.targets_BT))
+    return losses_CBT.swapaxes(0, 1).reshape(B, T) * batch.weights_BT.astype(wide)

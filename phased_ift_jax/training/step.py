@@ -20,7 +20,7 @@ from phased_ift_jax.config import ModelConfig, TrainingConfig
 from phased_ift_jax.models.decoder import Compute, DecoderConfig, Params, init_params, parameter_dims, parameter_shapes
 from phased_ift_jax.records import PackedBatch
 from phased_ift_jax.sharding import replicated, spec, tree_shardings
-from phased_ift_jax.training.loss import summed_loss
+from phased_ift_jax.training.loss import summed_loss, token_losses
 from phased_ift_jax.training.optimizer import apply, make_optimizer, state_shardings
 
 BATCH_DIMS = "ABT"
@@ -125,6 +125,11 @@ class Trainer:
             return jnp.sum(sums), jnp.sum(batch.weights_BT)
 
         return jax.jit(evaluate, out_shardings=replicated(self.mesh))
+
+    @cached_property
+    def token_losses(self) -> Callable[[Params, PackedBatch], jax.Array]:
+        """The loss of each of a batch's trained tokens (A, B, T): what `evaluate` adds up."""
+        return jax.jit(lambda params, batch: jax.lax.map(lambda part: token_losses(self.model, params, part, self.compute), batch), out_shardings=replicated(self.mesh))
 
     def _loss_and_gradients(self, params: Params, batch: PackedBatch) -> tuple[jax.Array, Params]:
         trained = jnp.maximum(jnp.sum(batch.weights_BT), 1.0)
