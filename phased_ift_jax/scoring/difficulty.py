@@ -257,7 +257,7 @@ def _expected(tokens: list[Mapping[str, Any]], text: str) -> Reading:
     found, starts = _match(text), [0, *accumulate(len(token["token"]) for token in tokens)]
     assert found is not None
     if not "".join(token["token"] for token in tokens).startswith(text):  # an end-of-sequence token may follow
-        return Reading("unparseable", reason="the reply's log-probabilities are missing, or do not spell it; without --expected_score its numbers count")
+        return Reading("unparseable", reason="the reply's log-probabilities are missing, or do not spell it; for a model that gives none, leave --expected_score out")
     means = []
     for part in PARTS:
         token = tokens[bisect_right(starts, found.start(part)) - 1]
