@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import heapq
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,8 @@ from phased_ift_jax.data import readers
 from phased_ift_jax.data.row_kinds import row_of
 from phased_ift_jax.interrupts import STOPPED
 from phased_ift_jax.records import InstructionRecord, Quarantined, ScoredRecord, UserError
-from phased_ift_jax.scoring import difficulty, live, measures, money, publication, scored_file
+from phased_ift_jax.scoring import difficulty, forecast, live, measures, money, publication, scored_file
+from phased_ift_jax.scoring.forecast import Missing, drawn
 from phased_ift_jax.scoring.ledger import Ledger, read_lines
 from phased_ift_jax.scoring.progress import Progress
 from phased_ift_jax.scoring.request import Parse, Reading, Request, Settings, Summary
@@ -37,10 +36,8 @@ from phased_ift_jax.scoring.run_card import Tally
 from phased_ift_jax.scoring.scored_file import Unscored, beside
 
 PILOT = 200
-LEAST = 30  # answers, from which a forecast is made
 AGREEMENT = ("exact", "quadratic_weighted_kappa", "spearman", "changes_phase")
 PAPER_THRESHOLDS = (1.5, 3.5)
-BYTES_PER_TOKEN = 3.0, 5.0  # of English text, with any tokenizer that is in use
 
 
 class Stopped(Exception):
@@ -176,16 +173,6 @@ class Questions:
             yield record, list(difficulty.requests_for([record], self.settings, self.repeat))
 
 
-@dataclass
-class Missing:
-    """How much is to be asked."""
-
-    questions: int = 0
-    count: int = 0  # of them not settled
-    size: float = 0.0  # the sum of their prompts' bounds, in tokens
-    worst: float | None = 0.0  # USD
-
-
 class Scoring:
     """One start of `--scorer llm`."""
 
@@ -205,9 +192,9 @@ class Scoring:
             return self.pilot(questions, parse)
         missing = self.missing(questions, parse)
         if missing.count or self.ledger.pending:
-            told = "" if missing.worst is None else f", ${missing.worst * self.share:,.2f} at most"
+            told = f", ${missing.worst:,.2f} at most" if self.price else ""
             print(f"{missing.questions:,} questions, {missing.count:,} of them to be asked{told}", file=sys.stderr)
-            self.ask(questions, missing.count, parse, self.args.mode)
+            self.ask(missing.kept if len(missing.kept) == missing.count else questions, missing.count, parse, self.args.mode)
         return self.write(questions, parse)
 
     @property
@@ -255,15 +242,11 @@ class Scoring:
         raise UserError(f"the server refuses the question: {remedy}")
 
     def missing(self, questions: Questions, parse: Parse) -> Missing:
-        missing, seen = Missing(worst=0.0 if self.price else None), set[str]()
+        missing, seen = Missing(self.price, self.share), set[str]()
         for request in questions:
-            missing.questions += 1
-            if request.key not in seen and request.key not in self.ledger.pending and not live.is_settled(self.ledger, request.key, parse):
-                seen.add(request.key)
-                missing.count += 1
-                missing.size += money.prompt_bound(request.body)
-                if missing.worst is not None and self.price:
-                    missing.worst += self.price.worst_case(request.body)
+            settled = request.key in seen or request.key in self.ledger.pending or live.is_settled(self.ledger, request.key, parse)
+            seen.update(() if settled else (request.key,))
+            missing.add(request, settled)
         return missing
 
     # --- what it would cost
@@ -273,7 +256,8 @@ class Scoring:
         asked = sum(not live.is_settled(self.ledger, request.key, parse) for request in sample)
         began = time.monotonic()
         self.ask(sample, asked, parse) if asked else None
-        self.tell_forecast(questions, parse, sample, (time.monotonic() - began) / asked if asked else None)
+        pace = (time.monotonic() - began) / asked if asked and self.args.mode == "live" else None
+        print(forecast.told(self.missing(questions, parse), sample, self.ledger, pace))
         return 0
 
     def forecast_only(self, question: difficulty.Settings) -> int:
@@ -284,49 +268,10 @@ class Scoring:
             if any(self.ledger.replies(request.key) for request in sample):
                 chosen = questions
                 break
-        self.tell_forecast(chosen, difficulty.parser(chosen.settings), drawn(chosen, PILOT), None)
+        print(forecast.told(self.missing(chosen, difficulty.parser(chosen.settings)), drawn(chosen, PILOT), self.ledger))
         if not self.ledger.size:
             self.ledger.path.unlink()
         return 0
-
-    def tell_forecast(self, questions: Questions, parse: Parse, sample: Sequence[Request], seconds: float | None) -> None:
-        """Print what is left to be asked, and what that costs: from the sample's answers, where there are enough, else from sizes alone."""
-        missing = self.missing(questions, parse)
-        print(f"questions    {missing.questions:,}, of which {missing.count:,} are not answered")
-        if not missing.count:
-            return
-        bodies, usages = [], []
-        for request in sample:  # by their keys' order: those that a smaller pilot has asked come first
-            replies = [line["reply"] for line in self.ledger.lines(request.key) if line["reply"]]
-            if not replies:
-                break
-            bodies.append(request.body)
-            usages.append([reply.get("usage") or {} for reply in replies])
-        sizes = [money.prompt_bound(body) for body in bodies]
-        if len(sizes) < min(LEAST, len(sample)) or len(sizes) < 2:
-            self.tell_bounds(missing, sample)
-            return
-        for name in ("prompt_tokens", "completion_tokens"):
-            tokens = money.forecast(sizes, [sum(usage.get(name) or 0 for usage in of_one) for of_one in usages], missing.count, missing.size)
-            print(f"{name.replace('_', ' '):<19}{tokens.value:>15,.0f}  95 %: {tokens.low:,.0f} to {tokens.high:,.0f}")
-        if self.price:
-            usd = money.forecast(sizes, [sum(self.price.cost(usage) * self.share for usage in of_one if usage) for of_one in usages], missing.count, missing.size)
-            print(f"{'USD':<19}{usd.value:>15,.2f}  95 %: {usd.low:,.2f} to {usd.high:,.2f}; {(missing.worst or 0) * self.share:,.2f} at most")
-        if seconds and self.args.mode == "live":
-            print(f"{'time':<19}{timedelta(seconds=round(seconds * missing.count))!s:>15}  at this pace")
-        print(f"from {len(sizes):,} questions drawn at random, already asked{self.spent()}")
-
-    def tell_bounds(self, missing: Missing, sample: Sequence[Request]) -> None:
-        low, high = (missing.size / each for each in BYTES_PER_TOKEN[::-1])
-        answer = sample[0].body["max_completion_tokens"]
-        print(f"prompt tokens      {low:,.0f} to {high:,.0f}; a bound: {missing.size:,.0f}")
-        print(f"completion tokens  {answer * missing.count:,} at most, {answer} a question")
-        if self.price and missing.worst is not None:
-            cheap, dear = (self.share * (tokens * self.price.input + of_answer * missing.count * self.price.output) / 1e6 for tokens, of_answer in ((low, 15), (high, answer)))
-            print(f"USD                {cheap:,.2f} to {dear:,.2f}; {missing.worst * self.share:,.2f} at most")
-        else:
-            print("USD                unknown: give --price INPUT OUTPUT, in USD per million tokens")
-        print(f"from the sizes alone; --pilot {PILOT} asks so many and forecasts the rest")
 
     # --- what came of it
 
@@ -366,11 +311,6 @@ def refusal(reading: Reading | None) -> str | None:
     """What a server says against a question, and what would do, where that is something that settings can change."""
     told = difficulty.remedy(reading.reason) if reading and reading.outcome == "failed" and reading.reason[:4] in ("400 ", "422 ") else None
     return f"{reading.reason}; what would do: {told[1]}" if reading and told else None
-
-
-def drawn(requests: Iterable[Request], count: int) -> list[Request]:
-    """So many questions at random, whatever their order: a key is a hash. A larger draw begins with a smaller one."""
-    return heapq.nsmallest(count, (request for request in requests if request.sample == 0), key=lambda request: request.key)
 
 
 def _count(text: str) -> int:

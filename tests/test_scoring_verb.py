@@ -13,7 +13,7 @@ from scoring_rig import KEY, ROOT, fake_openai, lines, run, some_data, words
 from phased_ift_jax.data import readers
 from phased_ift_jax.data.row_kinds import row_of
 from phased_ift_jax.records import ScoredRecord
-from phased_ift_jax.scoring import money
+from phased_ift_jax.scoring.forecast import forecast
 
 AWAY = "http://127.0.0.1:9/v1"
 
@@ -116,7 +116,7 @@ def test_a_forecasts_interval_holds_in_95_of_100() -> None:
     for _ in range(400):
         chance.shuffle(population)
         sample, rest = population[:100], population[100:]
-        told = money.forecast([size for size, _ in sample], [cost for _, cost in sample], len(rest), sum(size for size, _ in rest))
+        told = forecast([size for size, _ in sample], [cost for _, cost in sample], len(rest), sum(size for size, _ in rest))
         hits += told.low <= sum(cost for _, cost in rest) <= told.high
     assert 0.91 <= hits / 400 <= 0.98
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 Outcome = Literal["ok", "refused", "filtered", "unparseable", "out_of_range", "failed"]
+CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 KEY, ATTEMPT = "phased_ift_key", "phased_ift_attempt"  # metadata of a request, by which the server is asked what became of it
 REPLIES = {"unparseable": 2, "out_of_range": 2}  # so many replies are paid for at most, in all starts together; of any other outcome one
 FAILURES = 8  # so many attempts without a reply, in one start, and a request has failed; another start tries again
@@ -26,7 +27,7 @@ class Request:
     @cached_property
     def key(self) -> str:
         """SHA-256 (hex) of what is asked and of nothing else: order, ids and restarts change nothing, and equal questions share an answer."""
-        return hashlib.sha256(json.dumps([self.body, self.sample], sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return hashlib.sha256(CANONICAL.encode([self.body, self.sample]).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
