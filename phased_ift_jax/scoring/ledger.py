@@ -31,6 +31,7 @@ NUMBER = rb"(null|[\d.e+-]+)"
 SENT = re.compile(rb'\{"sent": "([0-9a-f]{64})", "attempt": (\d+), "reserved_usd": ' + NUMBER + rb', "at": "([^"]+)", "via": "([^"]+)"\}')
 ANSWER = re.compile(rb'\{"key": "([0-9a-f]{64})", "attempt": (\d+), "usd": ' + NUMBER + rb', "error": (null|\{"code": "content_filter"|\{)')
 CHUNK = 1 << 11  # bytes, of which most lines have fewer
+DAMAGED = {"status": None, "at": "", "reply": None, "error": {"code": None, "type": None, "message": "its line in the ledger is damaged; without the line it is asked again"}}
 SECRET = 8  # a key shorter than this is a word like "none", and is no secret
 
 
@@ -102,7 +103,10 @@ class Ledger:
         """Answer lines with a reply, in order; where there is none, the newest error's line, if there is that."""
         raw = bytes.fromhex(key)
         for offset in [*self._earlier.get(raw, ()), *([self._last[raw]] if raw in self._last else [])]:
-            yield json.loads(self._line_at(offset if offset >= 0 else -1 - offset))
+            try:
+                yield json.loads(self._line_at(offset if offset >= 0 else -1 - offset))
+            except ValueError:  # a reply that was paid for: it is not for us to pay for another
+                yield DAMAGED
 
     def reading(self, key: str, parse: Parse) -> Reading | None:
         """The first of a request's replies that is ok, else what the last one is, else how it failed; None where no attempt has ended."""
