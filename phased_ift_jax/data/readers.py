@@ -55,6 +55,12 @@ def read(paths: str | Sequence[str], split: str = "train", append_period: bool =
     return Reading(tuple(records), tuple(quarantined))
 
 
+def rows(path: str) -> Rows:
+    """The rows of the files that a path names, by the line where each begins; raises `UserError` as `read` does."""
+    for _, found in _places([path], "train"):
+        yield from found
+
+
 # --- places: what a path names -------------------------------------------------------------------------------------------------
 
 
