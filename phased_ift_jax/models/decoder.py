@@ -193,7 +193,7 @@ class Decoder(nnx.Module):
             for layer, own in zip(self.layers, attend, strict=True):
                 x_BTD = body(x_BTD, layer, own)
             return self.norm(x_BTD)
-        scanned = functools.partial(body, attend=attend)
+        scanned: Callable[..., jax.Array] = functools.partial(body, attend=attend)
         if self.compute.gradient_checkpointing != "none" or dtype != self.embed[...].dtype or (mesh is not None and mesh.shape["fsdp"] > 1):
             scanned = jax.checkpoint(scanned, policy=POLICIES[self.compute.gradient_checkpointing], prevent_cse=False)
         return self.norm(jax.lax.scan(lambda x_BTD, layer: (scanned(x_BTD, layer), None), x_BTD, self.layers)[0])
@@ -228,7 +228,7 @@ def unrolled(params: Params, give_up: bool = False) -> Params:
         return layers
 
     stacked, structure = jax.tree.flatten(params["layers"])
-    return params | {"layers": [structure.unflatten(layer) for layer in zip(*map(one, stacked), strict=True)]}
+    return params | {"layers": [jax.tree.unflatten(structure, layer) for layer in zip(*map(one, stacked), strict=True)]}
 
 
 def unrolled_states(config: DecoderConfig, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, attends: Sequence[Attend], compute: Compute) -> jax.Array:

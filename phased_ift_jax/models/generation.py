@@ -172,9 +172,10 @@ def _next(generator: Generator, params: Params, hidden_BD: jax.Array, state: Sta
     """The state with the tokens that follow these hidden states; a row that has ended stays as it is."""
     position_B = state.position_B + 1
     token_B = choose(generator.decoding, logits(generator.config, params, hidden_BD[:, None])[:, 0], state.key_B, position_B)
-    new = state._replace(token_B=token_B, position_B=position_B, ended_B=jnp.isin(token_B, jnp.array(generator.eos, jnp.int32)) | (position_B >= state.last_B))
-    stays = (state.token_B, state.position_B, state.ended_B)
-    return new._replace(**{name: jnp.where(state.ended_B, old, getattr(new, name)) for name, old in zip(("token_B", "position_B", "ended_B"), stays, strict=True)})
+    token_B = jnp.where(state.ended_B, state.token_B, token_B)
+    position_B = jnp.where(state.ended_B, state.position_B, position_B)
+    ended_B = jnp.isin(token_B, jnp.array(generator.eos, jnp.int32)) | (position_B >= state.last_B)
+    return state._replace(token_B=token_B, position_B=position_B, ended_B=state.ended_B | ended_B)
 
 
 def _told(generator: Generator, tokens_TB: jax.Array, state: State) -> Any:
@@ -230,7 +231,7 @@ def _decode(generator: Generator, params: Params, state: State, column: jax.Arra
 
         def over(old: tuple[jax.Array, jax.Array], q_B1NH: jax.Array, *new_B1KH: jax.Array) -> jax.Array:
             cache.append(tuple(jax.lax.dynamic_update_slice_in_dim(x, new.swapaxes(1, 2), here, axis=2) for x, new in zip(old, new_B1KH, strict=True)))
-            return attend_cache(q_B1NH[:, 0], *cache[-1], seen_BS)[:, None]
+            return attend_cache(q_B1NH[:, 0], cache[-1][0], cache[-1][1], seen_BS)[:, None]
 
         attends = [functools.partial(over, old) for old in state.cache]
         hidden_B1D = unrolled_states(config, params, state.token_B[:, None], state.position_B[:, None], attends, generator.compute)
