@@ -21,6 +21,7 @@ from phased_ift_jax.records import Failure, UserError
 VERBS = {
     "train": "train a model in phases, or at once",
     "plan": "what a run will do, before it does it",
+    "generate": "answers of a model to prompts",
     "convert": "models between Hugging Face folders and orbax checkpoints",
     "status": "how far a run is, and what its next start will do",
     "inspect": "what a model is and whether it can be trained, without loading it",

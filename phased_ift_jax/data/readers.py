@@ -73,6 +73,12 @@ def _source(path: str, line: int | Source) -> Source:
     return line if isinstance(line, Source) else Source(path, line)
 
 
+def rows(path: str) -> Rows:
+    """The rows of the files that a path names, by the line where each begins; raises `UserError` as `read` does."""
+    for _, found in _places([path], "train"):
+        yield from found
+
+
 # --- places: what a path names -------------------------------------------------------------------------------------------------
 
 
