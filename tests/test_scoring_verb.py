@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,12 @@ def test_bad_input_is_one_line(
     assert error.count("\n") == 1
 
 
+def test_a_key_that_is_none_is_not_told(tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    data = some_data(tmp_path / "data.jsonl", shared_data, 5)
+    assert run(words(data, tmp_path / "scored.jsonl", AWAY), monkeypatch, key="sk-secret\nsk-another") == 2
+    assert capsys.readouterr().err == "error: OPENAI_API_KEY: holds characters that no key has; was it copied whole, and alone?\n"
+
+
 def test_no_model_and_no_usable_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "no instruction"}\n')
@@ -97,7 +104,7 @@ def test_a_pilot_forecasts_the_rest_and_is_not_paid_for_again(tmp_path: Path, sh
         assert not out.exists()
         assert f"250, of which {250 - pilot['billed']} are not answered" in said
         assert run([*argv, "--dry_run"], monkeypatch, key=None) == 0
-        assert capsys.readouterr().out.splitlines()[1:4] == said.splitlines()[1:4], "a dry run knows the pilot"
+        assert re.search(r"^from 6[01] questions drawn at random and asked", capsys.readouterr().out, re.MULTILINE), "a dry run knows the pilot"
         assert run(argv, monkeypatch) == 0
         whole = server.counts()
     assert whole["billed"] == 250
