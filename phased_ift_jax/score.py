@@ -212,6 +212,8 @@ class Scoring:
         return f", ${self.ledger.spent_usd:,.4f}" if self.price else ""
 
     def ask(self, requests: Iterable[Request], total: int, parse: Parse, mode: str = "live") -> Summary:
+        if not self.server.api_key.isascii() or not self.server.api_key.isprintable():
+            raise UserError(f"{self.args.api_key_env}: holds characters that no key has; was it copied whole, and alone?")
         if not self.server.api_key:
             raise UserError(f"no API key: set the environment variable {self.args.api_key_env} (to any word for a server without keys), or name another with --api_key_env")
         if mode == "batch":
@@ -245,8 +247,9 @@ class Scoring:
         missing, seen = Missing(self.price, self.share), set[str]()
         for request in questions:
             settled = request.key in seen or request.key in self.ledger.pending or live.is_settled(self.ledger, request.key, parse)
-            seen.update(() if settled else (request.key,))
             missing.add(request, settled)
+            if not settled:
+                seen.add(request.key)
         return missing
 
     # --- what it would cost
@@ -262,7 +265,7 @@ class Scoring:
 
     def forecast_only(self, question: difficulty.Settings) -> int:
         chosen = self.questions(question)
-        for structured in difficulty.modes(self.args.structured):  # the form in which an earlier start has asked
+        for structured in difficulty.modes(self.args.structured) if self.ledger.answers else ():  # the form in which an earlier start has asked
             questions = self.questions(replace(question, structured=structured))
             sample = drawn(questions, PILOT)
             if any(self.ledger.replies(request.key) for request in sample):
@@ -301,6 +304,8 @@ class Scoring:
         whole = scored_file.write(self.out, rows(), unscored, lambda: card | tally.card(self.budget(), self.server, PAPER_THRESHOLDS))
         print(scored_file.told(self.out, whole))
         print(f"{self.ledger.answers:,} replies in '{self.ledger.path.name}'{self.spent()}")
+        if whole["unscored"].get("failed"):
+            print("the same command asks again what has failed")
         if again := whole["repeats"]:
             figures = ", ".join(f"{name.replace('_', ' ')} {again[name]:.3f}" for name in AGREEMENT if again[name] is not None)
             print(f"asked twice: {figures} (n = {again['n']:,})")

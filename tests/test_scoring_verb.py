@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,12 +69,11 @@ def test_bad_input_is_one_line(
     assert error.count("\n") == 1
 
 
-def test_a_key_that_no_header_can_hold_is_one_line(tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("key", ["sk-secret\nsk-another", "\N{LEFT DOUBLE QUOTATION MARK}sk-secret"])
+def test_a_key_that_is_none_is_not_told(key: str, tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     data = some_data(tmp_path / "data.jsonl", shared_data, 5)
-    assert run(words(data, tmp_path / "scored.jsonl", AWAY), monkeypatch, key="\N{LEFT DOUBLE QUOTATION MARK}sk-secret") == 2
-    error = capsys.readouterr().err
-    assert "the API key holds a character" in error
-    assert "secret" not in error
+    assert run(words(data, tmp_path / "scored.jsonl", AWAY), monkeypatch, key=key) == 2
+    assert capsys.readouterr().err == "error: OPENAI_API_KEY: holds characters that no key has; was it copied whole, and alone?\n"
 
 
 def test_no_model_and_no_usable_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,7 +111,7 @@ def test_a_pilot_forecasts_the_rest_and_is_not_paid_for_again(tmp_path: Path, sh
         assert not out.exists()
         assert f"250, of which {250 - pilot['billed']} are not answered" in said
         assert run([*argv, "--dry_run"], monkeypatch, key=None) == 0
-        assert capsys.readouterr().out.splitlines()[1:4] == said.splitlines()[1:4], "a dry run knows the pilot"
+        assert re.search(r"^from 6[01] questions drawn at random and asked", capsys.readouterr().out, re.MULTILINE), "a dry run knows the pilot"
         assert run(argv, monkeypatch) == 0
         whole = server.counts()
     assert whole["billed"] == 250
