@@ -25,6 +25,7 @@ VERBS = {
     "status": "how far a run is, and what its next start will do",
     "inspect": "what a model is and whether it can be trained, without loading it",
     "score": "how difficult records are: ask a model once, and never pay twice",
+    "report": "one page that says whether it helped: win rates, curves, forgetting, budgets, examples",
     "fetch": "download scored Alpaca, raw Alpaca or the test sets",
 }
 
