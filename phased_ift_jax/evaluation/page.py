@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,9 @@ def spans(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def signed(value: float | None, digits: int = 1) -> str:
-    return "–" if value is None else f"{value:+.{digits}f}".translate(MINUS)
+    if value is None:
+        return "–"
+    return f"{value:+.{digits}f}".translate(MINUS) if round(value, digits) else f"{0:.{digits}f}"
 
 
 def number(value: float | None, form: str = ",.4g") -> str:
@@ -95,14 +98,20 @@ def between(pair: Sequence[float] | None, digits: int = 1) -> str:
 
 def tick(value: float) -> str:
     """A number at an axis, as short as it can be told."""
-    small = 0 < abs(value) < 1e-3
-    return (f"{value:.0e}".replace("e-0", "e-") if small else f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}").translate(MINUS)
+    size = abs(value)
+    text = f"{value / 1e6:g}M" if size >= 1e6 else f"{value / 1e3:g}k" if size >= 1e5 else f"{value:,g}" if size >= 1e-3 or not size else f"{value:.0e}".replace("e-0", "e-")
+    return text.translate(MINUS)
+
+
+def minus(text: str) -> str:
+    """A sentence whose negative numbers have a minus sign, as the tables have."""
+    return re.sub(r"(?<![\w-])-(?=\d)", "\N{MINUS SIGN}", text)
 
 
 def render(report: Mapping[str, Any]) -> str:
     """The page; a character that no UTF-8 has stands in it as its escape."""
     pages = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    pages.filters |= {"signed": signed, "number": number, "between": between, "tick": tick}
+    pages.filters |= {"signed": signed, "number": number, "between": between, "tick": tick, "minus": minus}
     pages.globals |= {"axis": axis, "Axis": Axis, "line": line, "spans": spans, "max": max, "min": min, "log": math.log}
     script, style = ((FOLDER / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     mark = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

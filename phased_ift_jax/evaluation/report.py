@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -28,7 +28,6 @@ CUTS = (4000, 2000, 1000, 500, 250, 100)  # characters after which an answer is 
 LEVEL = 0.95
 ALIKE = 0.01  # difference of budgets above which two arms are no fair comparison
 PAPER = Path(__file__).with_name("paper.json")
-PROMPT_KEYS = ("prompt", "instruction", "Instruction", "text")
 VERDICTS = {0.5: "win", 0.0: "tie", -0.5: "lose"}
 
 
@@ -73,6 +72,7 @@ def _run(name: str, folder: Path) -> dict[str, Any]:
         "name": name,
         "arm": settings.curriculum.arm,
         "seed": settings.seed,
+        "finished": bool(matrix) and matrix[-1]["after"] == outline.get("phases", [{"folder": ""}])[-1]["folder"],
         "model": settings.model.model_name_or_path,
         "config": {"file": f"{name}/config.yaml", "text": (folder / "config.yaml").read_text(encoding="utf-8")},
         "versions": saved.get("versions", {}),
@@ -157,7 +157,7 @@ def _side_by_side(sheet: Sequence[tuple[Path, list[Judgment]]]) -> list[list[Jud
 
 def _held_out(candidate: dict[str, Any], baseline: dict[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What two arms know of the held-out rows after their last phase; runs are paired by seed, else in order."""
-    mine, theirs = ([runs[n] for n in arm["runs"] if runs[n]["forgetting"]["rows"]] for arm in (candidate, baseline))
+    mine, theirs = ([runs[n] for n in arm["runs"] if runs[n]["finished"]] for arm in (candidate, baseline))
     seeds = {run["seed"] for run in mine} & {run["seed"] for run in theirs}
     pairs = [(a, b) for a in mine for b in theirs if a["seed"] == b["seed"]] if seeds else list(zip(mine, theirs, strict=False))
     found: dict[str, Any] = {"candidate": candidate["name"], "baseline": baseline["name"], "pairs": [[a["name"], b["name"]] for a, b in pairs]}
@@ -219,7 +219,7 @@ def _words(found: Mapping[str, Any]) -> Iterator[str]:
         if len(runs) == 1:
             yield "That is one run of each, so that nothing says whether these differences are more than noise: train several seeds, or judge the answers."
     else:
-        yield f"No verdict between {candidate} and {baseline}: their runs have no held-out figures in common."
+        yield f"No verdict between {candidate} and {baseline}: no two of their runs are finished and have held-out figures in common."
 
 
 def _alone(runs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -241,17 +241,18 @@ def _responses(path: Path) -> dict[str, Any]:
     """The answers of one model in a file, by (set, id), and how long they are."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        by_prompt = {(str(row.get("set", "")), str(row["id"])): row for row in rows if isinstance(row.get("response"), str)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        by_prompt = {(str(row["set"]), str(row["id"])): row for row in rows if isinstance(row["response"], str)}
+        model = str(rows[0]["model"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"--answers: '{path}' is no file of answers ({type(error).__name__}: {error}); wanted: lines with id, set, model and response") from None
     if not by_prompt:
         raise UserError(f"--answers: '{path}' holds no answer; wanted: lines with id, set, model and response")
-    lengths = {}
+    lengths: dict[str, Any] = {"answers": len(by_prompt), "too_long": len(rows) - len(by_prompt), "clipped": sum(row.get("finish_reason") == "length" for row in rows)}
     for unit, measure in (("characters", len), ("words", lambda text: len(text.split()))):
         values = [measure(row["response"]) for row in by_prompt.values()]
-        lengths[unit] = {"mean": float(np.mean(values)), "quantiles": dict(zip(("10", "25", "50", "75", "90"), np.quantile(values, [0.1, 0.25, 0.5, 0.75, 0.9]).tolist(), strict=True))}
-    model = str(next(iter(by_prompt.values())).get("model", path.stem))
-    return {"file": str(path), "model": model, "rows": by_prompt, "lengths": {"answers": len(by_prompt), "empty": sum(not row["response"] for row in by_prompt.values()), "by_unit": lengths}}
+        quantiles = {str(percent): float(np.percentile(values, percent)) for percent in (10, 25, 50, 75, 90)}
+        lengths[unit] = {"mean": float(np.mean(values)), "quantiles": quantiles}
+    return {"file": str(path), "model": model, "rows": by_prompt, "lengths": lengths}
 
 
 def _judged_pairs(responses: Sequence[Mapping[str, Any]], judgments: Sequence[Judgment]) -> Iterator[dict[str, Any]]:
@@ -261,8 +262,8 @@ def _judged_pairs(responses: Sequence[Mapping[str, Any]], judgments: Sequence[Ju
         judged.setdefault((judgment.test_set, judgment.id), judgment)
     for prompt in dict.fromkeys(prompt for one in responses for prompt in one["rows"]):
         rows = [(one["model"], one["rows"][prompt]) for one in responses if prompt in one["rows"]]
-        asked = next((str(rows[0][1][key]) for key in PROMPT_KEYS if rows[0][1].get(key)), "")
-        found = {"set": prompt[0], "id": prompt[1], "prompt": "\n".join(filter(None, (asked, str(rows[0][1].get("input") or "")))), "verdict": "not judged", "said": ""}
+        asked = "\n".join(str(rows[0][1][key]) for key in ("instruction", "input") if rows[0][1].get(key))
+        found = {"set": prompt[0], "id": prompt[1], "prompt": asked, "verdict": "not judged", "said": ""}
         if judgment := judged.get(prompt):
             found["verdict"] = VERDICTS.get(float(points(scores_of([judgment]))[0]), "invalid")
             orders = "; ".join("{:g} to {:g}".format(*order.scores) if order.scores else order.outcome for order in judgment.orders)
@@ -270,18 +271,20 @@ def _judged_pairs(responses: Sequence[Mapping[str, Any]], judgments: Sequence[Ju
         yield found | {"answers": [{"by": model, "text": row["response"]} for model, row in rows]}
 
 
-def _tasks(arms: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Answers to held-out tasks by the first run of each arm."""
+def _tasks(arms: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Answers to held-out tasks by the first run of each arm, those first on which they differ."""
+    found = []
     first = [(arm["name"], runs[arm["runs"][0]]["answers"]) for arm in arms if runs[arm["runs"][0]]["answers"]]
     for (name, identifier), row in first[0][1].items() if first else ():
         given = [(arm, answers[name, identifier]) for arm, answers in first if (name, identifier) in answers]
         right = [_right(other) for _, other in given]
         verdict = "all right" if all(right) else "differ" if any(right) else "all wrong"
         answers = [{"by": arm, "text": other["answer"], "right": good} for (arm, other), good in zip(given, right, strict=True)]
-        yield {"set": name, "id": identifier, "prompt": row["prompt"], "verdict": verdict, "said": f"expected: {row['response']}", "answers": answers}
+        found.append({"set": name, "id": identifier, "prompt": row["prompt"], "verdict": verdict, "said": f"expected: {row['response']}", "answers": answers})
+    return sorted(found, key=lambda row: ("differ", "all wrong", "all right").index(row["verdict"]))
 
 
-def _examples(found: Iterator[dict[str, Any]]) -> dict[str, Any]:
+def _examples(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """As many as fit into a page: evenly spaced where there are too many, each text cut after as many characters as all have room for."""
     rows = list(found)
 
