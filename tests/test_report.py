@@ -22,7 +22,14 @@ from phased_ift_jax.evaluation.forgetting import ANSWERS, ForgettingMatrix
 from phased_ift_jax.evaluation.judgments import lengths_of, write_judgments
 from phased_ift_jax.records import Judged, Judgment, UserError
 
-HOSTILE = ["</script><script>window.hit = 1</script>", '"><img src=x onerror="window.hit = 1">', "<svg/onload=window.hit=1>", "{{ 7 * 7 }}", "javascript:hit()", "\u202eabc\u0000\ud800"]
+HOSTILE = [
+    "</script><script>window.hit = 1</script>",
+    '"><img src=x onerror="window.hit = 1">',
+    "<svg/onload=window.hit=1>",
+    "{{ 7 * 7 }}",
+    "javascript:hit()",
+    "\u202eabc\u0000\ud800",
+]
 LIMIT = 5_000_000
 
 
@@ -132,7 +139,7 @@ def test_the_budget_is_the_plans_and_differences_are_flagged(runs, of_runs):
 def test_rows_by_difficulty_are_those_used(runs):
     outline = json.loads((runs / "phased/plan.json").read_text())
     assert sum(outline["difficulties"].values()) == sum(count["used"] for count in outline["bins"])
-    easy = sum(rows for tenth, rows in outline["difficulties"].items() if float(tenth) < 1.5)
+    easy = sum(count for tenth, count in outline["difficulties"].items() if float(tenth) < 1.5)
     assert easy == next(count["used"] for count in outline["bins"] if count["name"] == "easy")
 
 
@@ -155,7 +162,9 @@ def test_without_an_answer_no_file_of_answers_is_written(tmp_path):
 @given(st.lists(st.integers(1, 700), min_size=1, max_size=4))
 def test_a_thinned_curve_keeps_means_and_phases(lengths):
     lines = [
-        {"phase": f"p{k}", "phase_index": k, "global_step": 0, "loss": 1.0 * (n % 7), "learning_rate": 1.0, "tokens": n + 1, "seconds": 0.5} for k, length in enumerate(lengths) for n in range(length)
+        {"phase": f"p{k}", "phase_index": k, "loss": 1.0 * (n % 7), "learning_rate": 1.0, "tokens": n + 1, "seconds": 0.5}
+        for k, length in enumerate(lengths)
+        for n in range(length)
     ]
     for number, line in enumerate(lines, 1):
         line["global_step"] = number
@@ -176,7 +185,8 @@ def test_an_axis_holds_its_values_in_order_and_has_some_ticks(values, zero, arou
     assert places == sorted(places)
     assert all(0 <= place <= 100 for place in places)
     assert 1 <= len(found.ticks) <= 11
-    assert all(found.low <= tick * (1 + 1e-9) + 1e-12 and tick <= found.high * (1 + 1e-9) + 1e-9 for tick in found.ticks) or found.low < 0
+    slack = 1e-6 * (found.high - found.low)
+    assert all(found.low - slack <= tick <= found.high + slack for tick in found.ticks)
     if around:
         assert found(0.0) == 50
 
@@ -255,7 +265,8 @@ class Elements(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags[tag] += 1
         self.names |= {name for name, _ in attrs}
-        self.outside += [value or "" for name, value in attrs if name in ("src", "href", "action", "xlink:href", "data", "poster") and not (value or "").startswith(("#", "data:,"))]
+        addresses = [value or "" for name, value in attrs if name in ("src", "href", "action", "xlink:href", "data", "poster")]
+        self.outside += [address for address in addresses if not address.startswith(("#", "data:,"))]
 
 
 def hostile_page(folder: Path, runs: Path) -> tuple[Path, str]:
@@ -356,8 +367,14 @@ def test_the_page_opens_without_a_complaint_or_a_request(request, browser, which
     assert opened.page.evaluate("document.documentElement.scrollWidth") == width
     background = opened.page.evaluate("getComputedStyle(document.documentElement).backgroundColor").removeprefix("rgb(").split(",")[0]
     assert (int(background) > 128) == (colors == "light")
-    faint = opened.page.evaluate("[...document.querySelectorAll('svg line, svg path, svg circle, svg rect')].filter((e) => !e.getBoundingClientRect().width && !e.getBoundingClientRect().height).length")
-    assert faint == 0 or which == "of_runs", "every shape has a place"
+    inside = opened.page.evaluate(
+        """[...document.querySelectorAll('svg.strip')].map((strip) => {
+          const [box, dot] = [strip, strip.querySelector('.dot')].map((e) => e.getBoundingClientRect());
+          return box.left <= dot.left + 5 && dot.right - 5 <= box.right && box.top < dot.top && dot.bottom < box.bottom;
+        })"""
+    )
+    assert len(inside) >= 5
+    assert all(inside), "every dot lies in its strip"
 
 
 def test_filters_show_what_they_say(browser, of_judgments):

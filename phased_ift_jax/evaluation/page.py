@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 FOLDER = Path(__file__).with_name("template")
+NONE = "\N{EN DASH}"
 MINUS = str.maketrans("-", "\N{MINUS SIGN}")
 WIDE = 30  # largest over smallest value above which an axis counts powers of ten
 
@@ -84,12 +85,12 @@ def spans(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def signed(value: float | None, digits: int = 1) -> str:
     if value is None:
-        return "–"
+        return NONE
     return f"{value:+.{digits}f}".translate(MINUS) if round(value, digits) else f"{0:.{digits}f}"
 
 
 def number(value: float | None, form: str = ",.4g") -> str:
-    return "–" if value is None else format(value, form).translate(MINUS)
+    return NONE if value is None else format(value, form).translate(MINUS)
 
 
 def between(pair: Sequence[float] | None, digits: int = 1) -> str:

@@ -264,7 +264,8 @@ def _judged_pairs(responses: Sequence[Mapping[str, Any]], judgments: Sequence[Ju
         rows = [(one["model"], one["rows"][prompt]) for one in responses if prompt in one["rows"]]
         asked = "\n".join(str(rows[0][1][key]) for key in ("instruction", "input") if rows[0][1].get(key))
         found = {"set": prompt[0], "id": prompt[1], "prompt": asked, "verdict": "not judged", "said": ""}
-        if judgment := judged.get(prompt):
+        if prompt in judged:
+            judgment = judged[prompt]
             found["verdict"] = VERDICTS.get(float(points(scores_of([judgment]))[0]), "invalid")
             orders = "; ".join("{:g} to {:g}".format(*order.scores) if order.scores else order.outcome for order in judgment.orders)
             found["said"] = f"{judgment.candidate} against {judgment.baseline}: {orders}"
