@@ -17,7 +17,7 @@ from phased_ift_jax.data.phases import Curriculum, assign_bins, curriculum_of, d
 from phased_ift_jax.data.tfds_folders import in_order
 from phased_ift_jax.data.tokenization import tokenize
 from phased_ift_jax.files import write_whole
-from phased_ift_jax.records import InstructionRecord, Phase, Quarantined, TokenizedExample, UserError
+from phased_ift_jax.records import InstructionRecord, Phase, Quarantined, ScoredRecord, TokenizedExample, UserError
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Dataset:
     quarantined: tuple[Quarantined, ...]
     rows_read: int
     data_hash: str
+    difficulties: dict[float, int]  # usable rows by their difficulty in tenths, rounded down; empty where there are no scores
 
     @property
     def identity(self) -> str:
@@ -114,6 +115,7 @@ def prepare(data: DataConfig, curriculum: CurriculumConfig, seed: int, tokenizer
         quarantined=tuple(quarantined),
         rows_read=reading.rows,
         data_hash=data_hash,
+        difficulties=_by_tenths([record.difficulty for row in kept if isinstance(record := records[row], ScoredRecord)]),
     )
 
 
@@ -122,6 +124,11 @@ def write_quarantine(quarantined: tuple[Quarantined, ...], path: Path) -> None:
     lines = (json.dumps({"file": row.source.path, "line": row.source.line, "id": row.id, "reason": _reason(row)}, ensure_ascii=False) for row in quarantined)
     # some names of files are not Unicode; what stands for their bytes is written as JSON escapes it
     write_whole(path, "".join(line.encode(errors="backslashreplace").decode() + "\n" for line in lines))
+
+
+def _by_tenths(difficulties: list[float]) -> dict[float, int]:
+    tenths, counts = np.unique(np.floor(np.round(np.array(difficulties) * 10, 6)) / 10, return_counts=True)
+    return dict(zip(tenths.tolist(), counts.tolist(), strict=True))
 
 
 def _reason(row: Quarantined) -> str:

@@ -36,7 +36,7 @@ def compare(*runs: Sequence[Judgment], length_unit: str = "characters", resample
         return [points_KP[:, where] for where in of_set.values()]
 
     def estimate(sets_KP: list[np.ndarray], as_point: float = np.nan) -> dict[str, Any]:
-        return _estimate(sets_KP, as_point, resamples, seed, level)
+        return estimated(sets_KP, as_point, resamples, seed, level)
 
     rules: dict[str, Any] = {}
     for rule, as_point in RULES.items():
@@ -111,7 +111,7 @@ def _aligned(runs: Sequence[Sequence[Judgment]]) -> tuple[dict[str, str], list[t
     return {kind: ", ".join(dict.fromkeys(getattr(run[0], kind) for run in runs)) for kind in ("candidate", "baseline", "judge")}, prompts
 
 
-def _estimate(sets_KP: list[np.ndarray], as_point: float, resamples: int, seed: int, level: float) -> dict[str, Any]:
+def estimated(sets_KP: list[np.ndarray], as_point: float, resamples: int, seed: int, level: float) -> dict[str, Any]:
     """Win rate, interval and conclusion with invalid pairs counted `as_point`; the sign test is over decided pairs alone."""
     sizes, test = [points_KP.shape[1] for points_KP in sets_KP], _sign_test(sets_KP)
     sets_KP = [counted(points_KP, as_point) for points_KP in sets_KP]
