@@ -24,6 +24,7 @@ VERBS = {
     "convert": "models between Hugging Face folders and orbax checkpoints",
     "status": "how far a run is, and what its next start will do",
     "inspect": "what a model is and whether it can be trained, without loading it",
+    "calibrate": "how a scored file agrees with another, and what that other can test",
     "score": "how difficult records are: ask a model once, and never pay twice",
     "fetch": "download scored Alpaca, raw Alpaca or the test sets",
 }

@@ -1,8 +1,9 @@
 """Score how difficult records are, once, and never pay twice:
 
-    python -m phased_ift_jax.score data/alpaca_data.json --out scored.jsonl --model gpt-5.6-luna --dry_run
     python -m phased_ift_jax.score data/alpaca_data.json --out scored.jsonl --model gpt-5.6-luna --pilot 200
     python -m phased_ift_jax.score data/alpaca_data.json --out scored.jsonl --model gpt-5.6-luna --budget_usd 20
+    python -m phased_ift_jax.score data/alpaca_data.json --out by-ifd.jsonl --scorer ifd --ifd_model meta-llama/Llama-2-7b-hf
+    python -m phased_ift_jax.score scored.jsonl --push_to_hub your-name/alpaca-scored
 
 Every reply is kept in scored.ledger.jsonl, so that the same command goes on where it was stopped, and asks only what is not answered.
 Records without a number are listed in scored.unscored.jsonl with the reason; scored.card.json says who scored and how.
@@ -23,12 +24,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from phased_ift_jax import cli
+from phased_ift_jax import cli, config
 from phased_ift_jax.data import readers
 from phased_ift_jax.data.row_kinds import row_of
 from phased_ift_jax.interrupts import STOPPED
 from phased_ift_jax.records import InstructionRecord, Quarantined, ScoredRecord, UserError
-from phased_ift_jax.scoring import difficulty, live, money, scored_file
+from phased_ift_jax.scoring import difficulty, live, measures, money, publication, scored_file
 from phased_ift_jax.scoring.ledger import Ledger, read_lines
 from phased_ift_jax.scoring.progress import Progress
 from phased_ift_jax.scoring.request import Parse, Reading, Request, Settings, Summary
@@ -66,16 +67,46 @@ def by_model(args: argparse.Namespace, out: Path) -> int:
             return STOPPED
 
 
-SCORERS: dict[str, Callable[[argparse.Namespace, Path], int]] = {"llm": by_model}
+def by_measure(args: argparse.Namespace, out: Path) -> int:
+    """`--scorer import`, `length` or `ifd`: nothing is asked, nothing is paid."""
+    if args.scorer == "ifd" and not args.ifd_model:
+        raise UserError("--ifd_model: name the model that measures, a folder or hub name such as meta-llama/Llama-2-7b-hf")
+
+    def ratios(records: Sequence[InstructionRecord]) -> tuple[list[float | Quarantined], dict[str, Any]]:
+        from phased_ift_jax.training import ifd  # the one door to JAX
+
+        return ifd.ratios(records, args.ifd_model, args.prompt_template, args.max_length)
+
+    reading = readers.read(args.data)
+    reading = replace(reading, records=reading.records[: args.limit])
+    made = measures.score(args.scorer, reading, row_of, ratios)
+    print(scored_file.told(out, scored_file.write(out, made.rows, made.unscored, made.card | {"data": args.data})))
+    return 0
+
+
+SCORERS: dict[str, Callable[[argparse.Namespace, Path], int]] = {"llm": by_model, **dict.fromkeys(measures.SCORERS, by_measure)}
+
+
+def publish(out: Path, args: argparse.Namespace) -> int:
+    from phased_ift_jax.models import hub
+
+    print(f"uploaded: {hub.push_dataset(publication.files_of(out, args.push_to_hub, args.with_ledger), args.push_to_hub)}")
+    return 0
 
 
 def main(argv: Sequence[str]) -> int:
     parser = cli.Parser(prog="score", description=__doc__)
     add = parser.add_argument
     add("data", nargs="+", metavar="DATA", help="files, folders, globs, hub names: whatever `data.path` of a run takes")
-    add("--out", required=True, metavar="FILE", help="the scored file, .jsonl; ledger, card and what is unscored lie beside it")
-    add("--scorer", choices=list(SCORERS), default="llm", help="what gives the difficulty [llm]")
+    add("--out", metavar="FILE", help="the scored file, .jsonl; ledger, card and what is unscored lie beside it")
+    add("--scorer", choices=list(SCORERS), default="llm", help="a model that is asked (llm), scores in DATA, characters of the response, or instruction-following difficulty [llm]")
+    add("--push_to_hub", metavar="NAME", help="then upload the scored file as a dataset with its card as the page; without --out, DATA is a scored file already")
+    add("--with_ledger", action="store_true", help="upload the ledger, too, which holds every raw reply")
     add("--limit", type=_count, metavar="N", help="only the first N records")
+    ifd = parser.add_argument_group("instruction-following difficulty (--scorer ifd)")
+    ifd.add_argument("--ifd_model", metavar="MODEL", help="the model that measures: folder, gs:// or hub name; needed")
+    ifd.add_argument("--prompt_template", choices=config.TEMPLATES, default=config.TEMPLATES[0], help=f"how a record becomes text [{config.TEMPLATES[0]}]")
+    ifd.add_argument("--max_length", type=_count, metavar="N", help="tokens of one record; a longer response is cut [2048, or what the model takes]")
     model = parser.add_argument_group("asking a model (--scorer llm)")
     add = model.add_argument
     add("--model", metavar="NAME", help="the model that is asked; needed")
@@ -98,10 +129,19 @@ def main(argv: Sequence[str]) -> int:
     add("--settle_seconds", type=float, default=30.0, metavar="S", help="how long the server may take to list a reply that did not come through [30]")
     add("--no_store", action="store_true", help="do not have the server keep replies; one that is lost on the way is then paid for again")
     args = parser.parse_args(argv)
+    if args.push_to_hub is not None and args.push_to_hub.count("/") != 1:
+        raise UserError(f"--push_to_hub: '{args.push_to_hub}' is not a name such as your-name/alpaca-scored")
+    if args.out is None and args.push_to_hub and len(args.data) == 1:
+        return publish(Path(args.data[0]).expanduser(), args)
+    if args.out is None:
+        raise UserError("--out: name the scored file, such as scored.jsonl")
     out = scored_file.check(args.out, args.data)
     try:
-        return SCORERS[args.scorer](args, out)
+        code = SCORERS[args.scorer](args, out)
+        return publish(out, args) if args.push_to_hub and not (code or args.dry_run or args.pilot) else code
     except KeyboardInterrupt:
+        if args.scorer != "llm":
+            raise
         print("stopped with everything saved; the same command goes on")
         return STOPPED
 
@@ -314,9 +354,7 @@ class Scoring:
 
         card: dict[str, Any] = {"scorer": "llm", "model": self.args.model, "data": self.args.data, "mode": self.args.mode, "settings": questions.settings.card()}
         whole = scored_file.write(self.out, rows(), unscored, lambda: card | tally.card(self.budget(), self.server, PAPER_THRESHOLDS))
-        without = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(whole["unscored"].items()))
-        mean = f", mean difficulty {whole['mean_difficulty']:.3f}" if whole["scored"] else ""
-        print(f"{whole['scored']:,} records scored in '{self.out}'{mean}" + (f"; without a number: {without} ('{beside(self.out, 'unscored.jsonl').name}')" if without else ""))
+        print(scored_file.told(self.out, whole))
         print(f"{self.ledger.answers:,} replies in '{self.ledger.path.name}'{self.spent()}")
         if again := whole["repeats"]:
             figures = ", ".join(f"{name.replace('_', ' ')} {again[name]:.3f}" for name in AGREEMENT if again[name] is not None)

@@ -1,7 +1,7 @@
 """Files and batches of the OpenAI on 127.0.0.1: a batch is validated, worked off in the background, and ends as its fate has it.
 
 Fates: completed; expired:F and cancelled:F (a share F is done; an expired batch lists the others as errors, a cancelled one nowhere); failed;
-errors (every line failed, 500); no_output (completed, without any file); limit (failed: too many tokens wait already).
+errors (every line failed, 500); no_output (completed, without any file); limit (failed: too many tokens wait already); refused (never created).
 """
 
 from __future__ import annotations
@@ -71,8 +71,18 @@ class Batches:
             self.server.kinds[f"{call.path.split('/')[2]} {fault}"] += 1
         if fault in ("server_error", "unavailable", "limited"):
             raise Refused({"server_error": 500, "unavailable": 503, "limited": 429}[fault], "Try again later.", kind="server_error", retry_after="0.01")
-        made = self.answer(call)
-        return call.reply(200, made, {"content-type": "application/octet-stream"} if isinstance(made, bytes) else {}, cut=fault)
+        self.server.loop.call_later(options.batch_latency / 2, self.act, call, fault)
+        return None
+
+    def act(self, call: Call, fault: str) -> None:
+        try:
+            made, status, headers = self.answer(call), 200, {}
+        except Refused as refused:
+            made, status, headers = refused.body, refused.status, refused.headers
+        if isinstance(made, bytes):
+            headers = {"content-type": "application/octet-stream"}
+        content = made if isinstance(made, bytes) else json.dumps(made).encode()  # as it is now
+        self.server.loop.call_later(self.server.options.batch_latency / 2, lambda: call.reply(status, content, headers, cut=fault))
 
     def answer(self, call: Call) -> Any:
         _, kind, name, action, *_ = [*call.path.strip("/").split("/"), "", "", ""]
@@ -135,6 +145,8 @@ class Batches:
         batch |= {part: body[part] for part in ("input_file_id", "endpoint", "completion_window")}
         fates = self.server.options.fates.split(",")
         fate = fates[len(self.made)] if len(self.made) < len(fates) else ""
+        if fate == "refused":
+            raise Refused(400, "Billing hard limit has been reached.", "billing_hard_limit_reached")
         self.made[name] = batch
         task = self.server.loop.create_task(self.work(batch, *(fate or "completed").split(":")))
         self.tasks.add(task)

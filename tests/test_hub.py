@@ -57,7 +57,7 @@ if "WATCH" in os.environ:
 
 @dataclass
 class Repo:
-    """A model on the hub: the files of each commit, and the names of commits."""
+    """A model or dataset on the hub: the files of each commit, and the names of commits."""
 
     commits: dict[str, dict[str, bytes]]
     names: dict[str, str]
@@ -153,7 +153,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(403)
         status = 409 if name in self.hub.repos else 200
         self.hub.repos.setdefault(name, Repo({MAIN: {}}, {"main": MAIN}))
-        return self.answer(status, {"url": f"{self.hub.url}/{name}"})
+        return self.answer(status, {"url": f"{self.hub.url}/{'datasets/' if asked.get('type') == 'dataset' else ''}{name}"})
 
     def validate(self) -> None:
         self.answer(content={"warnings": [], "errors": []})
@@ -203,11 +203,11 @@ class Handler(BaseHTTPRequestHandler):
         rf"(?:GET|HEAD) /{NAME}/resolve/([^/]+)/(.+)": resolve,
         r"POST /api/repos/create": create,
         r"POST /api/validate-yaml": validate,
-        rf"POST /api/models/{NAME}/preupload/([^/]+)": preupload,
-        rf"POST /{NAME}\.git/info/lfs/objects/batch": batch,
+        rf"POST /api/(?:models|datasets)/{NAME}/preupload/([^/]+)": preupload,
+        rf"POST /(?:datasets/)?{NAME}\.git/info/lfs/objects/batch": batch,
         rf"PUT /lfs/{NAME}/(\w+)": put,
         r"POST /verify": verify,
-        rf"POST /api/models/{NAME}/commit/([^/]+)": commit,
+        rf"POST /api/(?:models|datasets)/{NAME}/commit/([^/]+)": commit,
     }
 
 

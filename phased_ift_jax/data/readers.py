@@ -64,6 +64,12 @@ def stream(paths: str | Sequence[str], split: str = "train", append_period: bool
             raise UserError(f"data.path: '{path}' has no rows")
 
 
+def columns(path: str, keys: Sequence[str], split: str = "train") -> dict[Source, dict[str, Any]]:
+    """What rows hold under keys that are no part of a record, by where the rows are; null is as good as nothing."""
+    places = [(Source(where, line), row) for where, rows in _places([path], split) for line, row in rows if isinstance(row, dict)]
+    return {source: found for source, row in places if (found := {key: row[key] for key in keys if row.get(key) is not None})}
+
+
 # --- places: what a path names -------------------------------------------------------------------------------------------------
 
 

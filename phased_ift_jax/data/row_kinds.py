@@ -188,7 +188,7 @@ def _difficulty(row: dict[str, Any]) -> float | None:
     if not 1.0 <= number <= 5.0:
         raise BadRow(f"`{key}` is {short(value)}; wanted: a number from 1 to 5, or null")
     narrow = np.float32(number)  # a float32 column holds 4.2 as 4.19999981; as that, a threshold at 4.2 would part equal scores
-    return float(str(narrow)) if narrow == number else number
+    return float(str(narrow)) if float(narrow) == number else number
 
 
 def _text(row: dict[str, Any], key: str) -> str:

@@ -1,8 +1,8 @@
-"""The Hugging Face hub: models from it and to it. With HF_HUB_OFFLINE=1 nothing here tries the network."""
+"""The Hugging Face hub: models from it and to it, and scored files to it. With HF_HUB_OFFLINE=1 nothing here tries the network."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,6 +55,22 @@ def push(folder: Path, name: str) -> str:
         api = huggingface_hub.HfApi()
         address = api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Model trained with phased_ift_jax")
+        return str(address)
+
+
+def push_dataset(files: Mapping[str, Path | bytes], name: str) -> str:
+    """Upload files as one commit of a dataset, made under this name where it is not there; returns its address.
+
+    Raises:
+        UserError: no network, no access.
+    """
+    import huggingface_hub
+
+    with _one_line(name, "the files here are whole; the same command uploads them again"):
+        api = huggingface_hub.HfApi()
+        address = api.create_repo(name, repo_type="dataset", exist_ok=True)
+        operations = [huggingface_hub.CommitOperationAdd(path, content) for path, content in files.items()]
+        api.create_commit(name, operations, commit_message="Scored with phased_ift_jax", repo_type="dataset")
         return str(address)
 
 

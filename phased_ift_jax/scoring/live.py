@@ -7,14 +7,15 @@ looked for among the replies that the server keeps: only what is not there is as
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import random
 import re
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager, suppress
 from typing import Any, Literal, cast
 
 from phased_ift_jax.records import Failure, UserError
@@ -27,6 +28,7 @@ VIA = "live"
 RATE_LIMITED = 100  # attempts that a server may turn away because of its limits, which costs nothing, before a request has failed
 BACKOFF, LONGEST = 0.5, 60.0  # seconds: the first wait is up to the one, doubles, and ends at the other
 NEVER_LEFT = 0  # in place of an HTTP status
+PER_CLIENT = 8  # requests at a time of one client, whose pool looks at all of its connections for each request
 GATEWAY = {408, 502, 504, 520, 522, 524}  # what a proxy says when it has lost patience: the server behind it may have answered
 NO_STORE = {400, 403, 404, 405, 422, 501}  # of the list of stored replies: there is none here, or not for us
 Tell = Callable[[Summary, Budget], object]
@@ -43,9 +45,9 @@ async def ask(requests: Iterable[Request], ledger: Ledger, budget: Budget, setti
     """
     import openai
 
-    limits = openai.DefaultAsyncHttpxClient(limits=_limits(settings.concurrency))
-    async with openai.AsyncOpenAI(**settings.client_options(), http_client=limits) as client:
-        asking = _Asking(client, ledger, budget, settings, parse, tell)
+    async with AsyncExitStack() as opened:
+        clients = [await opened.enter_async_context(openai.AsyncOpenAI(**settings.client_options())) for _ in range(0, settings.concurrency, PER_CLIENT)]
+        asking = _Asking(clients, ledger, budget, settings, parse, tell)
         with asking.stopped_by_signals():
             await asking.settle_pending()
             await asking.all(requests)
@@ -58,17 +60,11 @@ def hide(text: str, settings: Settings) -> str:
     return text.replace(settings.api_key, "[the key]") if len(settings.api_key) >= SECRET else text
 
 
-def _limits(concurrency: int) -> Any:
-    import httpx
-
-    return httpx.Limits(max_connections=concurrency + 8, max_keepalive_connections=concurrency + 8)
-
-
 class _Asking:
     """One call of `ask`."""
 
-    def __init__(self, client: Any, ledger: Ledger, budget: Budget, settings: Settings, parse: Parse, tell: Tell) -> None:
-        self.client, self.ledger, self.budget, self.settings, self.parse, self.tell = client, ledger, budget, settings, parse, tell
+    def __init__(self, clients: Sequence[Any], ledger: Ledger, budget: Budget, settings: Settings, parse: Parse, tell: Tell) -> None:
+        self.clients, self.ledger, self.budget, self.settings, self.parse, self.tell = itertools.cycle(clients), ledger, budget, settings, parse, tell
         self.summary, self.pace, self.keeps = Summary(), Pace(), settings.store
         self._stop, self._landed, self._queue = asyncio.Event(), asyncio.Event(), asyncio.Lock()
         self._under_way, self._fault = 0, cast(Exception | None, None)
@@ -208,7 +204,7 @@ class _Asking:
             self.ledger.sent(key, attempt, VIA, usd)
             await self.ledger.durable()
             try:
-                response = await self.client.post("/chat/completions", cast_to=httpx.Response, body=self._sent_body(request, attempt))
+                response = await next(self.clients).post("/chat/completions", cast_to=httpx.Response, body=self._sent_body(request, attempt))
                 headers = response.headers
                 reply = _completion(response.content)
                 if reply is None:
@@ -244,8 +240,9 @@ class _Asking:
 
     async def _note_refusal(self, key: str, attempt: int, error: Any) -> Reading:
         """An answer in words of HTTP, which is not billed; some concern all requests to come."""
-        told = {"code": error.code, "type": error.type, "message": one_line(error.message)}
-        status, words = error.status_code, hide(one_line(error.message), self.settings)
+        message = error.body.get("message") if isinstance(error.body, dict) else None
+        told = {"code": error.code, "type": error.type, "message": one_line(message or error.message)}
+        status, words = error.status_code, hide(told["message"], self.settings)
         if status in (401, 402) or error.code == "insufficient_quota" or (status in (403, 404) and not self.ledger.answers):
             self._end(UserError(f"the server refuses all requests (HTTP {status}): {words}"))
         elif status in (400, 422) and self.settings.store and re.search(r"\b(store|metadata)\b", f"{error.param} {error.message}") and not self.ledger.answers:
@@ -284,7 +281,7 @@ class _Asking:
         while self.keeps:
             last = loop.time() >= until
             try:
-                response = await self.client.get("/chat/completions", cast_to=httpx.Response, options={"params": query})
+                response = await next(self.clients).get("/chat/completions", cast_to=httpx.Response, options={"params": query})
                 found = json.loads(response.content)["data"]
                 if reply := next((reply for reply in found if wanted.items() <= (reply.get("metadata") or {}).items()), None):
                     return dict(reply)

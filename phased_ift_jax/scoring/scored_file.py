@@ -89,6 +89,13 @@ def write(out: Path, rows: Iterable[Mapping[str, Any]], unscored: Iterable[Unsco
     return whole
 
 
+def told(out: Path, card: Mapping[str, Any]) -> str:
+    """One line: how many records are scored, where, and how many are not."""
+    without = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(card["unscored"].items()))
+    mean = f", mean difficulty {card['mean_difficulty']:.3f}" if card["scored"] else ""
+    return f"{card['scored']:,} records scored in '{out}'{mean}" + (f"; without a number: {without} ('{beside(out, 'unscored.jsonl').name}')" if without else "")
+
+
 def _line(row: Mapping[str, Any]) -> str:
     # some names of files are not Unicode; what stands for their bytes is written as JSON escapes it
     return json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace").decode() + "\n"
