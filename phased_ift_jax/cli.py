@@ -26,6 +26,7 @@ VERBS = {
     "inspect": "what a model is and whether it can be trained, without loading it",
     "calibrate": "how a scored file agrees with another, and what that other can test",
     "score": "how difficult records are: ask a model once, and never pay twice",
+    "judge": "which of two models answers better, and how sure that is",
     "fetch": "download scored Alpaca, raw Alpaca or the test sets",
 }
 

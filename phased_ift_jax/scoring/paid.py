@@ -50,9 +50,9 @@ class Questions(ABC):
     def write(self, start: Paid) -> int:
         """Write and tell what came of it, once all has been asked; the exit code."""
 
-    @abstractmethod
-    def none(self) -> str:
-        """What is wrong where there is no question at all."""
+    def none(self) -> str | None:
+        """What is wrong where there is no question at all; None: nothing is."""
+        return None
 
     def in_form(self, structured: difficulty.Structured) -> Self:
         return replace(self, settings=replace(self.settings, structured=structured))
@@ -178,7 +178,9 @@ class Paid:
             questions = questions.in_form(structured)
             first = next(iter(questions), None)
             if first is None:
-                raise UserError(questions.none())
+                if wrong := questions.none():
+                    raise UserError(wrong)
+                return questions
             reading = self.ledger.reading(first.key, questions.parse)
             if not (refusal(reading) or live.is_settled(self.ledger, first.key, questions.parse) or first.key in self.ledger.pending):
                 self.ask([first], 1, questions.parse)
