@@ -273,6 +273,13 @@ def test_the_budget_holds_and_a_larger_one_goes_on(tmp_path: Path, judged: Calla
     assert len(lines(out)) == 60
 
 
+def test_a_forecast_knows_that_some_questions_get_no_reply(tmp_path: Path, judged: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    files, out = two(tmp_path, plain(60)), tmp_path / "judgments.jsonl"
+    with fake_openai.process(faults=0.3, kinds="filter_400") as server:
+        assert judged(words(files, out, server.url, "--pilot", "40")) == 0
+    assert "from 40 questions drawn at random" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("each", [10, pytest.param(None, marks=pytest.mark.slow)])
 def test_batches_judge_as_live_questions_do(each: int | None, tmp_path: Path, shared_data: Path, judged: Callable[..., int]) -> None:
     files = two(tmp_path, prompts(shared_data, each))

@@ -58,11 +58,12 @@ class Forecast:
             return
         bodies, usages = [], []
         for request in sample:  # by their keys' order: those that a smaller pilot has asked come first
-            replies = [line["reply"] for line in self.ledger.lines(request.key) if line["reply"]]
-            if not replies:
+            lines = list(self.ledger.lines(request.key))
+            if not lines:
                 break
-            bodies.append(request.body)
-            usages.append([reply.get("usage") or {} for reply in replies])
+            if self.ledger.replies(request.key):  # one that a filter has stopped cost nothing; one that failed tells nothing
+                bodies.append(request.body)
+                usages.append([line["reply"].get("usage") or {} for line in lines if line["reply"]])
         sizes = [money.prompt_bound(body) for body in bodies]
         if len(sizes) < min(LEAST, len(sample)) or len(sizes) < 2:
             self._tell_bounds(missing, sample)
