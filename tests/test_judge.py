@@ -167,9 +167,10 @@ def test_equal_answers_are_asked_about_once_unless_they_are_skipped(tmp_path: Pa
         assert judged(words(same, out, server.url)) == 0
         assert server.counts()["billed"] == 2 * 2 + 3 + 2 * 2
     assert [order["reason"] for order in lines(tmp_path / "skipped.jsonl")[0]["orders"]] == ["equal answers: a tie, not asked"] * 2
+    assert [card_of(path)["questions"]["ok"] for path in (tmp_path / "skipped.jsonl", out)] == [4, 7]
     for path in (out, tmp_path / "skipped.jsonl"):
         assert counts_of(path)["tie"] >= 3
-        assert [row_of(judgment) for judgment in read_judgments(path)] == lines(path)
+        assert json.loads(json.dumps([row_of(judgment) for judgment in read_judgments(path)])) == lines(path)
 
 
 def test_all_answers_equal_and_skipped_is_a_tie_without_a_question(tmp_path: Path, judged: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
