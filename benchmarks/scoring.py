@@ -90,6 +90,7 @@ def restart(work: Path, count: int, new: int) -> dict[str, float]:
     data, out = work / "data.jsonl", work / "scored.jsonl"
     with open(data, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row(number)) + "\n" for number in range(count + new))
+    print(f"filling a ledger with {count:,} answers", flush=True)
     (work / "scored.ledger.jsonl").unlink(missing_ok=True)
     content = '{"instruction_difficulty": 2.5, "response_difficulty": 1.5}'
     reply = {"id": "chatcmpl-0123456789", "object": "chat.completion", "created": 1, "model": "gpt-4o-mini-2024-07-18", "system_fingerprint": "fp_0123456789"}
@@ -106,14 +107,17 @@ def restart(work: Path, count: int, new: int) -> dict[str, float]:
         verb = subprocess.Popen(words, env=os.environ | {"OPENAI_API_KEY": KEY}, stderr=subprocess.PIPE, text=True)
         assert verb.stderr
         told = next(line for line in verb.stderr if "to be asked" in line)
-        first = time.perf_counter() - began
         assert f" {new} of them" in told, told
+        while not server.counts()["arrivals"]:
+            time.sleep(0.05)
+        first = time.perf_counter() - began
         verb.stderr.read()
         code = verb.wait()
         whole = time.perf_counter() - began
         assert code == 0
         assert server.counts()["billed"] == new
-    return {"answers": count, "until_asking_seconds": first, "whole_seconds": whole, "peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024}
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {"answers": count, "until_asking_seconds": first, "whole_seconds": whole, "whole_cpu_seconds": used.ru_utime + used.ru_stime, "peak_bytes": used.ru_maxrss * 1024}
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ Records are matched by id and content, else by content, also across the official
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from reprlib import repr as short
@@ -16,7 +17,7 @@ from typing import Any
 
 from phased_ift_jax import cli
 from phased_ift_jax.data import readers
-from phased_ift_jax.records import ScoredRecord, UserError
+from phased_ift_jax.records import InstructionRecord, ScoredRecord, UserError
 from phased_ift_jax.scoring.calibration import Known, calibrate
 
 LABEL, SCORE = "official_stage3", "official_score"
@@ -33,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     if args.thresholds != sorted(set(args.thresholds)) or not all(1 < threshold <= 5 for threshold in args.thresholds):
         raise UserError(f"--thresholds: {' '.join(map(str, args.thresholds))} do not rise from above 1 to at most 5; try {' '.join(map(str, PAPER))}")
 
-    scored = [(record.record, record.difficulty) for record in readers.read(args.scored).records if isinstance(record, ScoredRecord)]
+    scored = [(record.record, record.difficulty) for record in _records(args.scored) if isinstance(record, ScoredRecord)]
     if not scored:
         raise UserError(f"'{args.scored}' has no scores; make some with `score`")
     found = calibrate(scored, known(args.against), args.thresholds)
@@ -50,7 +51,7 @@ def known(path: str) -> list[Known]:
         UserError: it knows nothing of any, or a label or score cannot be understood.
     """
     said, found = readers.columns(path, (LABEL, SCORE)), []
-    for record in readers.read(path).records:
+    for record in _records(path):
         if isinstance(record, ScoredRecord):
             found.append(Known(record.record, record.difficulty, record.difficulty))
         elif beside := said.get(record.source):
@@ -61,6 +62,13 @@ def known(path: str) -> list[Known]:
     if not found:
         raise UserError(f"--against: '{path}' has neither scores nor {LABEL}; name a scored file")
     return found
+
+
+def _records(path: str) -> Sequence[InstructionRecord | ScoredRecord]:
+    reading = readers.read(path)
+    if bad := reading.quarantined:
+        print(f"note: of '{path}' {len(bad):,} cannot be used; the first is line {bad[0].source.line}: {bad[0].reason}", file=sys.stderr)
+    return reading.records
 
 
 def described(found: dict[str, Any]) -> str:
@@ -74,21 +82,22 @@ def described(found: dict[str, Any]) -> str:
         lines.append(f"note      {found['same_id_other_text']:,} ids name another text in the reference; these were not matched by id")
     rows: list[list[object]] = [["threshold", "at or above", "below", "AUC"]]
     for one in found["thresholds"]:
-        auc = f"{one['auc']:.3f}" if one["auc"] is not None else f"not testable: the reference knows of no record {'below' if one['above'] else 'at or above'}"
-        rows.append([f"{one['threshold']:g}", f"{one['above']:,}", f"{one['below']:,}", auc])
+        rows.append([f"{one['threshold']:g}", f"{one['above']:,}", f"{one['below']:,}", "none" if one["auc"] is None else f"{one['auc']:.3f}"])
     lines += ["", cli.table(rows)]
+    for one in (one for one in found["thresholds"] if one["auc"] is None):
+        lines.append(f"{one['threshold']:g} cannot be tested: the reference knows of no record {'below' if one['above'] else 'at or above'} it")
     if confusion := found["confusion"]:
         own = ", ".join("none" if cut is None else f"{cut:.3f}" for cut in confusion["own_thresholds"])
-        for name, title in (("by_value", "the same thresholds"), ("by_size", f"the reference's sizes, thresholds {own}")):
-            lines += ["", cli.table(_confusion(confusion, name, title))]
+        for name, title in (("by_value", "cut there, too"), ("by_size", f"cut to the reference's sizes, at {own}")):
+            lines += ["", f"reference (down) and scored file (across), {title}", cli.table(_confusion(confusion, name))]
     return "\n".join(lines)
 
 
-def _confusion(confusion: dict[str, Any], name: str, title: str) -> list[list[object]]:
+def _confusion(confusion: dict[str, Any], name: str) -> list[list[object]]:
     bounds = [f"{threshold:g}" for threshold in confusion["thresholds"]]
     names = [f"below {bounds[0]}", *(f"{low} to {high}" for low, high in pairwise(bounds)), f"from {bounds[-1]}"]
     rows: list[list[object]] = [[phase, *(f"{count:,}" for count in row)] for phase, row in zip(names, confusion[name], strict=True)]
-    return [[f"reference, down, by {title}, across", *names], *rows]
+    return [["", *names], *rows]
 
 
 if __name__ == "__main__":

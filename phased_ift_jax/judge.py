@@ -94,6 +94,8 @@ class PairQuestions(paid.Questions):
         card = {"model": self.settings.model, "mode": start.args.mode, "skip_equal": self.skip_equal, "settings": self.settings.card()}
         code = self.work.write(self.settings.model, orders, lambda: card | tally.card(start.budget(), start.server, ()))
         print(f"{start.ledger.answers:,} replies in '{start.ledger.path.name}'{start.spent()}", file=sys.stderr)
+        if tally.outcomes["failed"]:
+            print("the same command asks again what has failed", file=sys.stderr)
         return code
 
 

@@ -88,6 +88,8 @@ class RecordQuestions(paid.Questions):
         whole = scored_file.write(start.out, rows(), unscored, lambda: card | tally.card(start.budget(), start.server, PAPER_THRESHOLDS))
         print(scored_file.told(start.out, whole))
         print(f"{start.ledger.answers:,} replies in '{start.ledger.path.name}'{start.spent()}")
+        if whole["unscored"].get("failed"):
+            print("the same command asks again what has failed")
         if again := whole["repeats"]:
             figures = ", ".join(f"{name.replace('_', ' ')} {again[name]:.3f}" for name in AGREEMENT if again[name] is not None)
             print(f"asked twice: {figures} (n = {again['n']:,})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,6 +54,7 @@ def ask(url: str, out: str, n: int, *, usd: float | None = None, requests: int =
 if __name__ == "__main__":
     import openai  # noqa: F401 - what takes a second is done before a kill is due
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the verb has it
     print("ready", flush=True)
     try:
         print(ask(**json.loads(sys.argv[1])))

@@ -66,6 +66,7 @@ class Options:
     text: str = '{{"instruction_difficulty": {0}, "response_difficulty": {1}}}'  # the answer where no schema is given
     batch_faults: float = 0.0  # share of requests to files and batches that go wrong
     batch_latency: float = 0.0  # of each of these, half of it after the deed
+    create_latency: float = 0.0  # of the creation of a batch, on top
     batch_seconds: float = 0.2
     fates: str = ""  # of the batches in the order of their creation, as "expired:0.5,completed"; later ones complete
     max_requests: int = 50_000

@@ -1,7 +1,8 @@
 """Files and batches of the OpenAI on 127.0.0.1: a batch is validated, worked off in the background, and ends as its fate has it.
 
 Fates: completed; expired:F and cancelled:F (a share F is done; an expired batch lists the others as errors, a cancelled one nowhere); failed;
-errors (every line failed, 500); no_output (completed, without any file); limit (failed: too many tokens wait already); refused (never created).
+errors (every line failed, 500); no_output (completed, without any file); limit (failed: too many tokens wait already); refused (never
+created); hasty (completed a while before it names its files).
 """
 
 from __future__ import annotations
@@ -71,10 +72,11 @@ class Batches:
             self.server.kinds[f"{call.path.split('/')[2]} {fault}"] += 1
         if fault in ("server_error", "unavailable", "limited"):
             raise Refused({"server_error": 500, "unavailable": 503, "limited": 429}[fault], "Try again later.", kind="server_error", retry_after="0.01")
-        self.server.loop.call_later(options.batch_latency / 2, self.act, call, fault)
+        wait = options.batch_latency + (options.create_latency if (call.method, call.path) == ("POST", "/v1/batches") else 0.0)
+        self.server.loop.call_later(wait / 2, self.act, call, fault, wait / 2)
         return None
 
-    def act(self, call: Call, fault: str) -> None:
+    def act(self, call: Call, fault: str, wait: float) -> None:
         try:
             made, status, headers = self.answer(call), 200, {}
         except Refused as refused:
@@ -82,7 +84,7 @@ class Batches:
         if isinstance(made, bytes):
             headers = {"content-type": "application/octet-stream"}
         content = made if isinstance(made, bytes) else json.dumps(made).encode()  # as it is now
-        self.server.loop.call_later(self.server.options.batch_latency / 2, lambda: call.reply(status, content, headers, cut=fault))
+        self.server.loop.call_later(wait, lambda: call.reply(status, content, headers, cut=fault))
 
     def answer(self, call: Call) -> Any:
         _, kind, name, action, *_ = [*call.path.strip("/").split("/"), "", "", ""]
@@ -211,6 +213,8 @@ class Batches:
         if fate == "expired":
             late = {"code": "batch_expired", "message": "This request could not be executed before the completion window expired."}
             errors += [self.line(line, None, late) for line in lines[len(outputs) + len(errors) :]]
+        if fate == "hasty":
+            enter("completed")
         await asyncio.sleep(seconds / 5)
         for name, found in (("output_file_id", outputs), ("error_file_id", errors)):
             random.Random(batch["id"]).shuffle(found)  # no order is promised

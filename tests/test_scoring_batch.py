@@ -73,7 +73,7 @@ def test_questions_are_split_by_bytes_and_one_that_fits_no_file_has_failed(out: 
         assert once_each(server, 50)["files"] == counts["files"]
 
 
-FATES = ("expired:0.5", "expired:0", "cancelled:0.5", "cancelled:1", "errors", "no_output", "failed", "limit", "expired:0.5,cancelled:0.3,errors,no_output,expired:0.9")
+FATES = ("expired:0.5", "expired:0", "cancelled:0.5", "cancelled:1", "hasty", "errors", "no_output", "failed", "limit", "expired:0.5,cancelled:0.3,errors,no_output,expired:0.9")
 
 
 @pytest.mark.parametrize("fate", FATES)
@@ -214,6 +214,7 @@ def test_both_modes_share_a_ledger_and_make_the_same_file(tmp_path: Path, monkey
     from phased_ift_jax import score
 
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    old = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the verb's process has it
     data = tmp_path / "data.json"
     data.write_text(json.dumps([{"instruction": f"Name {i} fish.", "input": "", "output": "cod, " * i} for i in range(1, 40)]))
     with fake_openai.serving(seed=5, faults=0.2, kinds="fraction,refusal,server_error") as server:
@@ -232,6 +233,7 @@ def test_both_modes_share_a_ledger_and_make_the_same_file(tmp_path: Path, monkey
             server.questions.clear()
             server.bodies.clear()
         assert made["live"] == made["batch"]
+    assert signal.signal(signal.SIGTERM, old) is signal.default_int_handler
 
 
 def test_no_server_is_a_failure_that_says_how_to_go_on(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,8 +249,8 @@ KILLED = {"requests": 60, "settle_seconds": 0.5}
 DISTURBED: dict[str, Any] = {"faults": 0.2, "batch_latency": 0.06, "batch_seconds": 0.4, "fates": "completed,expired:0.5,cancelled:0.4"}
 
 
-def start(url: str, out: Path) -> subprocess.Popen[str]:
-    arguments = json.dumps({"url": url, "out": str(out), "n": N} | KILLED)
+def start(url: str, out: Path, **options: Any) -> subprocess.Popen[str]:
+    arguments = json.dumps({"url": url, "out": str(out), "n": N} | KILLED | options)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     asker = subprocess.Popen([sys.executable, str(ROOT / "tests/batch_asker.py"), arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
     assert asker.stdout
@@ -269,6 +271,35 @@ def test_a_run_that_is_asked_to_stop_says_so_and_goes_on_later(out: Path, number
         assert start(server.url, out).wait(60) == 0
         once_each(server, N)
     assert outcomes(out) == {"ok": N}
+
+
+@pytest.mark.parametrize("created", [False, True])
+def test_a_run_that_is_killed_while_a_batch_is_created_finds_it_or_creates_it_again(out: Path, created: bool) -> None:
+    """The server creates the batch after 2 seconds, whether or not anybody waits for it, and tells so after 2 more."""
+    with fake_openai.process(create_latency=4) as server:
+        asker, path = start(server.url, out), Path(f"{out}.ledger.jsonl")
+        while not path.exists() or '"sent": ' not in path.read_text():
+            time.sleep(0.02)
+        while created and not server.counts()["batches"]:
+            time.sleep(0.02)
+        asker.kill()
+        asker.wait()
+        assert '"batch": ' not in path.read_text()
+        assert (server.counts()["batches"] == {}) != created
+        assert start(server.url, out, settle_seconds=5).wait(120) == 0
+        counts = once_each(server, N)
+        assert counts["batches"] == {"completed": 3}
+    assert outcomes(out) == {"ok": N}
+
+
+def test_a_part_whose_batch_was_never_created_is_free_and_asked_again(out: Path) -> None:
+    with Ledger(Path(f"{out}.ledger.jsonl")) as book:
+        for request in questions(3):
+            book.sent(request.key, 1, f"{batch.VIA}gone", 1e-4)
+    with fake_openai.serving() as server:
+        assert ask(server.url, str(out), 5, usd=5e-4, settle_seconds=0.1).outcomes == {"ok": 5}
+        once_each(server, 5)
+    assert [(line["error"]["type"], line["usd"]) for line in ledger(out) if line.get("error")] == [("not_created", 0.0)] * 3
 
 
 def moment(out: Path) -> str:

@@ -306,6 +306,7 @@ def test_the_official_client_takes_every_body() -> None:
         ({"model": " "}, "--model: "),
         ({"temperature": 2.5}, "--temperature: 2.5"),
         ({"temperature": math.nan}, "--temperature: nan"),
+        ({"reasoning_effort": ""}, "--reasoning_effort: is empty"),
         ({"max_completion_tokens": 3}, "--max_completion_tokens: 3"),
         ({"expected_score": True, "reasoning_effort": "low"}, "--expected_score: "),
     ],

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,6 +84,28 @@ def test_where_the_server_keeps_no_reply_a_lost_one_is_asked_for_again_and_count
     assert summary.outcomes == {"ok": 60}
     assert summary.lost == sum(counts["kinds"][kind] for kind in ("late", "cut", "truncated")) == counts["rebilled"] > 0
     assert counts["usd"] <= ledger.spent_usd
+
+
+def test_retry_after_is_honoured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "BACKOFF", 0.01)
+    with fake_openai.process(faults=0.5, kinds="retry_seconds,retry_date", retry_after=1.2) as server:
+        summary, _ = ask(questions(60), tmp_path / "ledger.jsonl", server.url)
+        counts = server.counts()
+    assert summary.outcomes == {"ok": 60}
+    assert min(counts["kinds"]["retry_seconds"], counts["kinds"]["retry_date"]) > 5
+    assert counts["too_early"] == 0
+
+
+def test_what_cannot_be_found_out_now_is_left_to_the_next_start(tmp_path: Path) -> None:
+    """A stop while the server has not yet listed replies that got lost: they are not sent again, and the next start finds them."""
+    with fake_openai.process(faults=1.0, kinds="late", store_delay=2.5) as server:
+        asked = questions(20)
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+        summary, ledger = ask(asked, tmp_path / "ledger.jsonl", server.url, timeout_seconds=0.3, settle_seconds=60)
+        assert (summary.stopped, len(ledger.pending)) == ("signal", 20)
+        summary, ledger = ask(asked, tmp_path / "ledger.jsonl", server.url, settle_seconds=60)
+        assert (summary.stopped, summary.found, summary.lost, len(ledger.pending)) == (None, 20, 0, 0)
+        assert server.counts()["billed"] == 20
 
 
 def test_a_question_without_a_number_is_asked_twice_and_no_more(tmp_path: Path) -> None:

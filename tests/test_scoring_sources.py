@@ -189,13 +189,14 @@ def test_neither_scorers_nor_calibrate_load_jax_before_it_is_needed() -> None:
 
 def test_the_verb_scores_without_a_question(shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], compilation_cache: None) -> None:
     data = str(shared_data / "alpaca/random_9k.json")
-    for scorer, figure, words in (("length", "length", []), ("ifd", "ifd", ["--ifd_model", str(shared_data / "stories260k"), "--prompt_template", "alpaca", "--max_length", "256"])):
+    measuring = ["--ifd_model", str(shared_data / "stories260k"), "--prompt_template", "alpaca", "--max_length", "256"]
+    for scorer, words in (("length", []), ("ifd", measuring)):
         out = tmp_path / f"{scorer}.jsonl"
         assert score.main([data, "--out", str(out), "--scorer", scorer, "--limit", "9", *words]) == 0
         assert f"records scored in '{out}'" in capsys.readouterr().out
         card = json.loads(beside(out, "card.json").read_text())
         assert (card["scorer"], card["data"], card["scored"] + sum(card["unscored"].values())) == (scorer, [data], 9)
-        by_figure, by_difficulty = (sorted(lines(out), key=lambda row: row[key]) for key in (figure, "difficulty"))
+        by_figure, by_difficulty = (sorted(lines(out), key=lambda row: row[key]) for key in (scorer, "difficulty"))
         assert [row["id"] for row in by_figure] == [row["id"] for row in by_difficulty]
     assert (card["settings"]["prompt_template"], card["settings"]["max_length"]) == ("alpaca", 256)
     assert score.main([str(out), "--out", str(tmp_path / "again.jsonl"), "--scorer", "import"]) == 0

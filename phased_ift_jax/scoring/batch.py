@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
-import signal
 import sys
 import tempfile
 import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -41,7 +38,6 @@ PATIENCE = 3600.0  # seconds for which a server may be out of reach
 FETCHES = 8  # so often a file is fetched that is torn, or has fewer lines than its batch says
 CRUMBS = 50  # a part that the budget makes smaller than this share of what is left to ask is not sent
 CLOCKS = 86_400  # seconds by which a server's clock may differ from ours
-SLICE = 0.2  # seconds after which a wait looks whether it was asked to stop
 T = TypeVar("T")
 
 
@@ -91,10 +87,12 @@ def ask_in_batches(requests: Iterable[Request], ledger: Ledger, budget: Budget, 
     with openai.OpenAI(**settings.client_options()) as client:
         asking = _Asking(client, ledger, budget, settings, parse, limits or Limits(), wanted, known)
         try:
-            with asking.stopped_by_signals():
-                asking.all()
+            asking.all()
         except Stopped as stopped:
             asking.summary.stopped = str(stopped)
+        except KeyboardInterrupt:  # comes at any moment, as a kill may
+            asking.summary.stopped = "signal"
+            _say(f"interrupted; {len(asking.open):,} batches go on at the server, and the same command fetches them")
     ledger.sync()
     return asking.summary
 
@@ -104,7 +102,7 @@ class _Asking:
 
     def __init__(self, client: Any, ledger: Ledger, budget: Budget, settings: Settings, parse: Parse, limits: Limits, wanted: dict[str, Request], summary: Summary) -> None:
         self.client, self.ledger, self.budget, self.settings, self.parse, self.limits = client, ledger, budget, settings, parse, limits
-        self.wanted, self.summary, self.failures, self.stop = wanted, summary, Counter[str](), False
+        self.wanted, self.summary, self.failures = wanted, summary, Counter[str]()
         self.queue = deque(key for key in wanted if key not in ledger.pending)
         self.open: list[Part] = []
         self.largest, self.at_once = limits.requests, sys.maxsize  # requests of a part, and parts: fewer once the server says that too much waits
@@ -121,18 +119,21 @@ class _Asking:
                     self.open.remove(part)
                     self.merge(part, batch)
             if self.open:
-                self.wait(min(self.limits.poll_seconds, 1 + (time.monotonic() - self.open[-1].began) / 20))
+                time.sleep(min(self.limits.poll_seconds, 1 + (time.monotonic() - self.open[-1].began) / 20))
 
     # --- what becomes of a question
 
     def failed(self, key: str, sent: Sent, error: Mapping[str, Any], *, lost: bool = False, weight: int = 1, status: int | None = None, request_id: str | None = None) -> None:
         """Note that an attempt has no reply; it may count for several of those after which a request has failed."""
         usd = sent.reserved_usd if lost or self.budget.price is None else 0.0
-        told = {name: error.get(name) for name in ("type", "code")} | {"message": one_line(error.get("message"))}
+        told = {name: error.get(name) for name in ("type", "code")} | {"message": self.told(error.get("message"))}
         self.ledger.answered(key, sent.attempt, sent.via, usd=usd, error=told, status=status, request_id=request_id)
         self.budget.settle(key, usd)
         self.summary.lost += lost
         self.failures[key] += weight
+
+    def told(self, words: object) -> str:
+        return one_line(live.hide(str(words), self.settings))
 
     def end_or_queue(self, keys: Iterable[str]) -> None:
         for key in keys:
@@ -197,7 +198,7 @@ class _Asking:
                 part.id = self.client.batches.create(input_file_id=file, endpoint=URL, completion_window="24h", metadata={PART: part.name}).id
             except (openai.APIError, json.JSONDecodeError) as error:
                 if _lasting(error):
-                    self.undo(part, one_line(error))
+                    self.undo(part, str(error))
                 elif getattr(error, "status_code", None) != 429 and self.find(part):
                     break
                 self.pause(error, part.began)
@@ -217,13 +218,12 @@ class _Asking:
     def find(self, part: Part) -> bool:
         """Look for the batch of a part among the server's, until so long after its creation that it cannot come up any more."""
         sent = [self.ledger.pending[key] for key in part.keys]
-        while part.id is None:
+        while True:
             late = min(each.age for each in sent) > self.settings.settle_seconds
             part.id = self.patiently(lambda: self.listed(part.name, time.time() - max(each.age for each in sent) - CLOCKS))
-            if late:
-                break
-            self.wait(self.settings.settle_seconds / 10 if part.id is None else 0)
-        return part.id is not None
+            if part.id or late:
+                return part.id is not None
+            time.sleep(self.settings.settle_seconds / 10)
 
     def listed(self, name: str, since: float) -> str | None:
         for batch in self.client.batches.list(limit=100):  # the newest first
@@ -255,32 +255,35 @@ class _Asking:
     def look(self, part: Part) -> Batch:
         batch: Batch = self.patiently(lambda: self.client.batches.retrieve(part.id))
         counts = batch.request_counts
-        seen = batch.status, counts and counts.completed + counts.failed
-        if seen != part.seen:
+        done, total = (counts.completed + counts.failed, counts.total) if counts else (0, 0)
+        if (seen := (batch.status, 10 * done // max(total, 1))) != part.seen:
             part.seen = seen
-            _say(f"batch {part.id}: {batch.status}" + (f", {counts.completed + counts.failed:,} of {counts.total:,}" if counts and counts.total else ""))
+            _say(f"batch {part.id}: {batch.status}" + (f", {done:,} of {total:,}" if total else ""))
         return batch
 
     def merge(self, part: Part, batch: Batch) -> None:
         """Note what became of each question of a part whose batch has ended, whichever way."""
         pending = {key: self.ledger.pending[key] for key in part.keys}
-        paid = batch.request_counts.completed if batch.request_counts else 0
-        found = 0
+        paid, found = (batch.request_counts.completed if batch.request_counts else 0), 0
+        for look in range(FETCHES):
+            if batch.output_file_id or not paid:
+                break
+            time.sleep(min(look, self.limits.poll_seconds))  # a batch may have ended before it names its files
+            batch = self.look(part)
         for file, expected in ((batch.output_file_id, paid), (batch.error_file_id, 0)):
             for line in self.lines(file, expected) if file else ():
-                response = line.get("response") or {}
-                status, body = response.get("status_code"), response.get("body")
+                response = _object(line.get("response"))
+                status, request_id, body = response.get("status_code"), response.get("request_id"), _object(response.get("body"))
                 found += status == 200
-                if (sent := pending.pop(key := line.get("custom_id", ""), None)) is None:  # an earlier start has noted it
+                if (sent := pending.pop(key := str(line.get("custom_id")), None)) is None:  # an earlier start has noted it
                     continue
-                request_id = response.get("request_id")
-                if status == 200 and isinstance(body, dict):
+                if status == 200 and body:
                     usd = self.budget.cost(body, None)
                     usd = sent.reserved_usd if usd is None else usd * BATCH
                     self.ledger.answered(key, sent.attempt, sent.via, usd=usd, reply=body, status=status, request_id=request_id)
                     self.budget.settle(key, usd)
                 else:
-                    error = line.get("error") or (body or {}).get("error") or {"type": "no_reply", "message": f"neither reply nor error: {line}"}
+                    error = _object(line.get("error")) or _object(body.get("error")) or {"type": "no_reply", "message": f"neither reply nor error: {line}"}
                     lasting = status and status < 500 and status not in PASSING
                     self.failed(key, sent, error, weight=FAILURES if lasting else 1, status=status, request_id=request_id)
         told = batch.errors.data[0] if batch.errors and batch.errors.data else None
@@ -292,7 +295,7 @@ class _Asking:
         self.end_or_queue(part.keys)
         if crowded:
             if len(part.keys) == 1 and not self.open:
-                _say(f"the server has no room for a single request: {live.hide(one_line(why['message']), self.settings)}")
+                _say(f"the server has no room for a single request: {self.told(why['message'])}")
                 raise Stopped("limit")
             self.at_once, self.largest = max(1, len(self.open)), self.largest if self.open else len(part.keys) // 2
 
@@ -301,10 +304,10 @@ class _Asking:
         with tempfile.TemporaryFile(dir=self.ledger.path.parent) as here:
             for fetch in range(FETCHES):
                 self.patiently(lambda: self.fetch(file, here))
-                whole = [_line(text) is not None for text in _from_start(here)]
+                whole = [bool(_line(text)) for text in _from_start(here)]
                 if all(whole) and len(whole) >= expected:
                     break
-                self.wait(min(fetch, self.limits.poll_seconds))
+                time.sleep(min(fetch, self.limits.poll_seconds))
             yield from (line for text in _from_start(here) if (line := _line(text)))
 
     def fetch(self, file: str, here: IO[bytes]) -> None:
@@ -314,7 +317,7 @@ class _Asking:
             for data in response.iter_bytes():
                 here.write(data)
 
-    # --- a server that is not there, and a user who has enough
+    # --- a server that is not there
 
     def patiently(self, act: Callable[[], T]) -> T:
         import httpx
@@ -333,38 +336,13 @@ class _Asking:
         Raises:
             UserError, Failure: it would fail again, or has for long enough.
         """
-        server, told = self.settings.base_url or "the server", live.hide(one_line(getattr(error, "message", error)), self.settings)
+        server, told = self.settings.base_url or "the server", self.told(getattr(error, "message", error))
         waited = time.monotonic() - began
         if _lasting(error):
             raise UserError(f"{server} refuses (HTTP {getattr(error, 'status_code', None)}): {told}") from None
         if waited > PATIENCE:
             raise Failure(f"{server} is out of reach: {told}; everything is saved, and the same command goes on") from None
-        self.wait(retry_after(getattr(getattr(error, "response", None), "headers", {})) + random.uniform(0, min(60.0, 0.1 + waited)))
-
-    def wait(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0 and not self.stop:
-            time.sleep(min(left, SLICE))
-        if self.stop:
-            raise Stopped("signal")
-
-    @contextmanager
-    def stopped_by_signals(self) -> Iterator[None]:
-        def hear(number: int, _: Any) -> None:
-            if self.stop:
-                os._exit(130)
-            self.stop = True
-            _say(f"{signal.Signals(number).name}: batches that are under way go on at the server; the same command fetches them")
-
-        try:
-            old = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: signals are the main thread's
-            old = {}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
+        time.sleep(retry_after(getattr(getattr(error, "response", None), "headers", {})) + random.uniform(0, min(60.0, 0.1 + waited)))
 
 
 def _lasting(error: Exception) -> bool:
@@ -378,13 +356,16 @@ def _from_start(file: IO[bytes]) -> IO[bytes]:
     return file
 
 
-def _line(text: bytes) -> dict[str, Any] | None:
-    """A line of a file of the server's; None for what is torn or none."""
+def _line(text: bytes) -> dict[str, Any]:
+    """A line of a file of the server's; empty for one that is torn."""
     try:
-        line = json.loads(text)
+        return _object(json.loads(text))
     except ValueError:
-        return None
-    return line if isinstance(line, dict) else None
+        return {}
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _say(words: str) -> None:

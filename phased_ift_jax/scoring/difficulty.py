@@ -100,6 +100,8 @@ class Settings:
             raise UserError("--model: a name is needed, such as the one your provider lists")
         if self.temperature is not None and not 0 <= self.temperature <= 2:
             raise UserError(f"--temperature: {self.temperature} is not from 0 to 2")
+        if self.reasoning_effort is not None and not self.reasoning_effort.strip():
+            raise UserError("--reasoning_effort: is empty; wanted: a word of the model's, such as none or low, or no such flag")
         if self.max_completion_tokens is not None and self.max_completion_tokens < 16:
             raise UserError(f"--max_completion_tokens: {self.max_completion_tokens} is too few for two numbers; at least 16")
         if self.expected_score and self.reasons:
@@ -272,7 +274,7 @@ def _expected(tokens: list[Mapping[str, Any]], text: str) -> Reading:
     found, starts = _match(text, FORMS), [0, *accumulate(len(token["token"]) for token in tokens)]
     assert found is not None
     if not "".join(token["token"] for token in tokens).startswith(text):  # an end-of-sequence token may follow
-        return Reading("unparseable", reason="the reply's log-probabilities are missing, or do not spell it; without --expected_score its numbers count")
+        return Reading("unparseable", reason="the reply's log-probabilities are missing, or do not spell it; for a model that gives none, leave --expected_score out")
     means = []
     for part in PARTS:
         token = tokens[bisect_right(starts, found.start(part)) - 1]

@@ -1,29 +1,61 @@
-"""What is left to be asked, and what it would cost: from a random sample's answers, or from sizes alone."""
+"""What the questions that are left will cost: from the answers to a random sample of them, or from their sizes alone."""
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
-from phased_ift_jax.scoring import live, money
 from phased_ift_jax.scoring.ledger import Ledger
-from phased_ift_jax.scoring.request import Parse, Request
+from phased_ift_jax.scoring.money import Price, prompt_bound
+from phased_ift_jax.scoring.request import Request
 
-PILOT = 200
 LEAST = 30  # answers, from which a forecast is made
+KEPT = 50_000  # questions that memory may hold
 BYTES_PER_TOKEN = 3.0, 5.0  # of English text, with any tokenizer that is in use
+SHORT_ANSWER = 10  # tokens
 
 
-@dataclass
 class Missing:
-    """How much is to be asked."""
+    """How much is to be asked, at which price; `share` of the live one is what the mode costs."""
 
-    questions: int = 0
-    count: int = 0  # of them not settled
-    size: float = 0.0  # the sum of their prompts' bounds, in tokens
-    worst: float | None = 0.0  # USD
+    def __init__(self, price: Price | None, share: float) -> None:
+        self.price, self.share = price, share
+        self.questions = self.count = self.size = 0  # all questions; those that are not settled, and the sum of their prompts' bounds in tokens
+        self.worst = 0.0  # USD
+        self.kept: list[Request] = []  # the first of them
+
+    def add(self, request: Request, settled: bool) -> None:
+        self.questions += 1
+        if not settled:
+            self.count += 1
+            self.size += prompt_bound(request.body)
+            self.worst += self.price.worst_case(request.body) * self.share if self.price else 0.0
+            if len(self.kept) < KEPT:
+                self.kept.append(request)
+
+
+class Forecast(NamedTuple):
+    """A sum over many requests, with a 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def forecast(sizes: Sequence[float], values: Sequence[float], count: int, total_size: float) -> Forecast:
+    """What `count` further requests of a total size come to, from a random sample: a ratio estimate, which knows how large those are.
+
+    Nothing is known of the spread of one, so that two are the least.
+    """
+    from scipy import stats
+
+    n, ratio = len(sizes), sum(values) / sum(sizes)
+    squares = sum((value - ratio * size) ** 2 for size, value in zip(sizes, values, strict=True))
+    error = count * math.sqrt((1 / n + 1 / count) * squares / (n - 1)) * float(stats.t.ppf(0.975, n - 1))
+    return Forecast(ratio * total_size, max(ratio * total_size - error, 0.0), ratio * total_size + error)
 
 
 def drawn(requests: Iterable[Request], count: int) -> list[Request]:
@@ -31,61 +63,39 @@ def drawn(requests: Iterable[Request], count: int) -> list[Request]:
     return heapq.nsmallest(count, (request for request in requests if request.sample == 0), key=lambda request: request.key)
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """What a ledger lets one say; `share` is how much of the live price is paid."""
+def told(missing: Missing, sample: Sequence[Request], ledger: Ledger, seconds: float | None = None) -> str:
+    """A forecast in lines; `sample` is `drawn`, and `seconds` are those of one question."""
+    lines = [f"questions    {missing.questions:,}, of which {missing.count:,} are not answered"]
+    if not missing.count:
+        return lines[0]
+    sizes, usages = [], []
+    for request in sample:  # those that a smaller pilot has asked come first
+        noted = list(ledger.lines(request.key))
+        if not noted:
+            break
+        if ledger.replies(request.key):  # what a filter has stopped cost nothing; what failed tells nothing
+            sizes.append(prompt_bound(request.body))
+            usages.append([usage for line in noted if (usage := (line["reply"] or {}).get("usage"))])
+    if len(sizes) < max(min(LEAST, len(sample)), 2):
+        return "\n".join(lines + _bounds(missing, sample))
+    for name in ("prompt_tokens", "completion_tokens"):
+        tokens = forecast(sizes, [sum(usage[name] for usage in of_one) for of_one in usages], missing.count, missing.size)
+        lines.append(f"{name.replace('_', ' '):<19}{tokens.value:>15,.0f}  95 %: {tokens.low:,.0f} to {tokens.high:,.0f}")
+    if price := missing.price:
+        usd = forecast(sizes, [sum(price.cost(usage) * missing.share for usage in of_one) for of_one in usages], missing.count, missing.size)
+        lines.append(f"{'USD':<19}{usd.value:>15,.2f}  95 %: {usd.low:,.2f} to {usd.high:,.2f}; {missing.worst:,.2f} at most")
+    if seconds is not None:
+        lines.append(f"{'time':<19}{timedelta(seconds=round(seconds * missing.count))!s:>15}  at this pace")
+    return "\n".join([*lines, f"from {len(sizes):,} questions drawn at random and asked" + (f"; the ledger's cost is ${ledger.spent_usd:,.4f}" if missing.price else "")])
 
-    ledger: Ledger
-    price: money.Price | None
-    share: float
 
-    def missing(self, requests: Iterable[Request], parse: Parse) -> Missing:
-        missing, seen = Missing(worst=0.0 if self.price else None), set[str]()
-        for request in requests:
-            missing.questions += 1
-            if request.key not in seen and request.key not in self.ledger.pending and not live.is_settled(self.ledger, request.key, parse):
-                seen.add(request.key)
-                missing.count += 1
-                missing.size += money.prompt_bound(request.body)
-                if missing.worst is not None and self.price:
-                    missing.worst += self.price.worst_case(request.body)
-        return missing
-
-    def tell(self, missing: Missing, sample: Sequence[Request], seconds: float | None, spent: str) -> None:
-        """Print it; `seconds` is how long a question took, where that was measured."""
-        print(f"questions    {missing.questions:,}, of which {missing.count:,} are not answered")
-        if not missing.count:
-            return
-        bodies, usages = [], []
-        for request in sample:  # by their keys' order: those that a smaller pilot has asked come first
-            lines = list(self.ledger.lines(request.key))
-            if not lines:
-                break
-            if self.ledger.replies(request.key):  # one that a filter has stopped cost nothing; one that failed tells nothing
-                bodies.append(request.body)
-                usages.append([line["reply"].get("usage") or {} for line in lines if line["reply"]])
-        sizes = [money.prompt_bound(body) for body in bodies]
-        if len(sizes) < min(LEAST, len(sample)) or len(sizes) < 2:
-            self._tell_bounds(missing, sample)
-            return
-        for name in ("prompt_tokens", "completion_tokens"):
-            tokens = money.forecast(sizes, [sum(usage.get(name) or 0 for usage in of_one) for of_one in usages], missing.count, missing.size)
-            print(f"{name.replace('_', ' '):<19}{tokens.value:>15,.0f}  95 %: {tokens.low:,.0f} to {tokens.high:,.0f}")
-        if self.price:
-            usd = money.forecast(sizes, [sum(self.price.cost(usage) * self.share for usage in of_one if usage) for of_one in usages], missing.count, missing.size)
-            print(f"{'USD':<19}{usd.value:>15,.2f}  95 %: {usd.low:,.2f} to {usd.high:,.2f}; {(missing.worst or 0) * self.share:,.2f} at most")
-        if seconds:
-            print(f"{'time':<19}{timedelta(seconds=round(seconds * missing.count))!s:>15}  at this pace")
-        print(f"from {len(sizes):,} questions drawn at random, already asked{spent}")
-
-    def _tell_bounds(self, missing: Missing, sample: Sequence[Request]) -> None:
-        low, high = (missing.size / each for each in BYTES_PER_TOKEN[::-1])
-        answer = sample[0].body["max_completion_tokens"]
-        print(f"prompt tokens      {low:,.0f} to {high:,.0f}; a bound: {missing.size:,.0f}")
-        print(f"completion tokens  {answer * missing.count:,} at most, {answer} a question")
-        if self.price and missing.worst is not None:
-            cheap, dear = (self.share * (tokens * self.price.input + of_answer * missing.count * self.price.output) / 1e6 for tokens, of_answer in ((low, 15), (high, answer)))
-            print(f"USD                {cheap:,.2f} to {dear:,.2f}; {missing.worst * self.share:,.2f} at most")
-        else:
-            print("USD                unknown: give --price INPUT OUTPUT, in USD per million tokens")
-        print(f"from the sizes alone; --pilot {PILOT} asks so many and forecasts the rest")
+def _bounds(missing: Missing, sample: Sequence[Request]) -> list[str]:
+    low, high = (missing.size / each for each in BYTES_PER_TOKEN[::-1])
+    most = sample[0].body["max_completion_tokens"]
+    lines = [f"prompt tokens      {low:,.0f} to {high:,.0f}; {missing.size:,} at most", f"completion tokens  {most * missing.count:,} at most, {most} a question"]
+    if price := missing.price:
+        cheap, dear = (missing.share * (tokens * price.input + answer * missing.count * price.output) / 1e6 for tokens, answer in ((low, SHORT_ANSWER), (high, most)))
+        lines.append(f"USD                {cheap:,.2f} to {dear:,.2f}; {missing.worst:,.2f} at most")
+    else:
+        lines.append("USD                unknown: give --price INPUT OUTPUT, in USD per million tokens")
+    return [*lines, "from the sizes alone; --pilot asks some and forecasts the rest"]

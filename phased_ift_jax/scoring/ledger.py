@@ -30,7 +30,7 @@ from phased_ift_jax.scoring.request import Parse, Reading, one_line
 NUMBER = rb"(null|[\d.e+-]+)"
 SENT = re.compile(rb'\{"sent": "([0-9a-f]{64})", "attempt": (\d+), "reserved_usd": ' + NUMBER + rb', "at": "([^"]+)", "via": "([^"]+)"\}')
 ANSWER = re.compile(rb'\{"key": "([0-9a-f]{64})", "attempt": (\d+), "usd": ' + NUMBER + rb', "error": (null|\{"code": "content_filter"|\{)')
-CHUNK = 1 << 13
+CHUNK = 1 << 11  # bytes, of which most lines have fewer
 SECRET = 8  # a key shorter than this is a word like "none", and is no secret
 
 

@@ -136,17 +136,18 @@ class _Asking:
             self.summary.stopped = None
             self.stop("signal")
 
-        loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
+        loop, before = asyncio.get_running_loop(), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            for number in numbers:
+            for number in before:
                 loop.add_signal_handler(number, hear, number.name)
         except (ValueError, RuntimeError):  # not in the main thread: signals are the main thread's
-            numbers = ()  # type: ignore[assignment]
+            before = {}
         try:
             yield
         finally:
-            for number in numbers:
+            for number, handler in before.items():
                 loop.remove_signal_handler(number)
+                signal.signal(number, handler)  # the loop would leave the system's own
 
     # --- one of them
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from phased_ift_jax.records import UserError
@@ -143,24 +143,3 @@ class Budget:
             return max(self.price.cost(reply["usage"]), 0.0)
         except (KeyError, TypeError, AttributeError):
             return reserved
-
-
-class Forecast(NamedTuple):
-    """A sum over many requests, with a 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-def forecast(sizes: Sequence[float], values: Sequence[float], count: int, total_size: float) -> Forecast:
-    """What `count` further requests of a total size come to, from a random sample: a ratio estimate, which knows how large those are.
-
-    Nothing is known of the spread of one, so that two are the least.
-    """
-    from scipy import stats
-
-    n, ratio = len(sizes), sum(values) / sum(sizes)
-    squares = sum((value - ratio * size) ** 2 for size, value in zip(sizes, values, strict=True))
-    error = count * math.sqrt((1 / n + 1 / count) * squares / (n - 1)) * float(stats.t.ppf(0.975, n - 1))
-    return Forecast(ratio * total_size, max(ratio * total_size - error, 0.0), ratio * total_size + error)

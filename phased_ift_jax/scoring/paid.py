@@ -19,13 +19,14 @@ from typing import Any, Self, TypeVar
 
 from phased_ift_jax.interrupts import STOPPED
 from phased_ift_jax.records import UserError
-from phased_ift_jax.scoring import difficulty, live, money
-from phased_ift_jax.scoring.forecast import PILOT, Forecast, drawn
+from phased_ift_jax.scoring import difficulty, forecast, live, money
+from phased_ift_jax.scoring.forecast import Missing, drawn
 from phased_ift_jax.scoring.ledger import Ledger
 from phased_ift_jax.scoring.outputs import beside
 from phased_ift_jax.scoring.progress import Progress
 from phased_ift_jax.scoring.request import Parse, Reading, Request, Settings, Summary
 
+PILOT = 200
 S = TypeVar("S", bound=difficulty.Settings)
 
 
@@ -132,8 +133,6 @@ class Paid:
 
     def __init__(self, args: argparse.Namespace, out: Path, ledger: Ledger, server: Settings, price: money.Price | None) -> None:
         self.args, self.out, self.ledger, self.server, self.price = args, out, ledger, server, price
-        self.share = money.BATCH if args.mode == "batch" else 1.0  # of the live price
-        self.forecast = Forecast(ledger, price, self.share)
         if args.budget_usd is not None and ledger.unpriced:
             print(f"note: {ledger.unpriced:,} attempts in '{ledger.path}' had no known price and are not counted against the budget", file=sys.stderr)
 
@@ -145,11 +144,11 @@ class Paid:
         questions = self.in_the_form_that_is_taken(questions)
         if self.args.pilot:
             return self.pilot(questions)
-        missing = self.forecast.missing(questions, questions.parse)
+        missing = self.missing(questions)
         if missing.count or self.ledger.pending:
-            told = "" if missing.worst is None else f", ${missing.worst * self.share:,.2f} at most"
+            told = f", ${missing.worst:,.2f} at most" if self.price else ""
             print(f"{missing.questions:,} questions, {missing.count:,} of them to be asked{told}", file=sys.stderr)
-            self.ask(questions, missing.count, questions.parse, self.args.mode)
+            self.ask(missing.kept if len(missing.kept) == missing.count else questions, missing.count, questions.parse, self.args.mode)
         return questions.write(self)
 
     def budget(self) -> money.Budget:
@@ -159,6 +158,8 @@ class Paid:
         return f", ${self.ledger.spent_usd:,.4f}" if self.price else ""
 
     def ask(self, requests: Iterable[Request], total: int, parse: Parse, mode: str = "live") -> Summary:
+        if not self.server.api_key.isascii() or not self.server.api_key.isprintable():
+            raise UserError(f"{self.args.api_key_env}: holds characters that no key has; was it copied whole, and alone?")
         if not self.server.api_key:
             raise UserError(f"no API key: set the environment variable {self.args.api_key_env} (to any word for a server without keys), or name another with --api_key_env")
         if mode == "batch":
@@ -189,22 +190,31 @@ class Paid:
                 return questions
         raise UserError(f"the server refuses the question: {remedy}")
 
+    def missing(self, questions: Questions) -> Missing:
+        missing, seen, parse = Missing(self.price, money.BATCH if self.args.mode == "batch" else 1.0), set[str](), questions.parse
+        for request in questions:
+            settled = request.key in seen or request.key in self.ledger.pending or live.is_settled(self.ledger, request.key, parse)
+            missing.add(request, settled)
+            if not settled:
+                seen.add(request.key)
+        return missing
+
     def pilot(self, questions: Questions) -> int:
         sample = drawn(questions, self.args.pilot)
         asked = sum(not live.is_settled(self.ledger, request.key, questions.parse) for request in sample)
         began = time.monotonic()
         self.ask(sample, asked, questions.parse) if asked else None
         seconds = (time.monotonic() - began) / asked if asked and self.args.mode == "live" else None
-        self.forecast.tell(self.forecast.missing(questions, questions.parse), sample, seconds, self.spent())
+        print(forecast.told(self.missing(questions), sample, self.ledger, seconds))
         return 0
 
     def forecast_only(self, questions: Questions) -> int:
-        for structured in difficulty.modes(self.args.structured):  # the form in which an earlier start has asked
+        for structured in difficulty.modes(self.args.structured) if self.ledger.answers else ():  # the form in which an earlier start has asked
             in_form = questions.in_form(structured)
             if any(self.ledger.replies(request.key) for request in drawn(in_form, PILOT)):
                 questions = in_form
                 break
-        self.forecast.tell(self.forecast.missing(questions, questions.parse), drawn(questions, PILOT), None, self.spent())
+        print(forecast.told(self.missing(questions), drawn(questions, PILOT), self.ledger))
         if not self.ledger.size:
             self.ledger.path.unlink()
         return 0

@@ -7,13 +7,20 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 Outcome = Literal["ok", "refused", "filtered", "unparseable", "out_of_range", "failed"]
+CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
+LONG = 2000
 KEY, ATTEMPT = "phased_ift_key", "phased_ift_attempt"  # metadata of a request, by which the server is asked what became of it
 REPLIES = {"unparseable": 2, "out_of_range": 2}  # so many replies are paid for at most, in all starts together; of any other outcome one
 FAILURES = 8  # so many attempts without a reply, in one start, and a request has failed; another start tries again
+
+
+@lru_cache(maxsize=16)
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -25,8 +32,16 @@ class Request:
 
     @cached_property
     def key(self) -> str:
-        """SHA-256 (hex) of what is asked and of nothing else: order, ids and restarts change nothing, and equal questions share an answer."""
-        return hashlib.sha256(json.dumps([self.body, self.sample], sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        """SHA-256 (hex) of what is asked and of nothing else: order, ids and restarts change nothing, and equal questions share an answer.
+
+        Of the canonical JSON of `[body, sample]`, in which a message's text of more than `LONG` characters stands as `{"sha256": ...}`: the
+        same long prompt comes with every question, and a million of them are to be recognized in a minute.
+        """
+        messages = [
+            {**message, "content": {"sha256": _digest(text)}} if isinstance(text := message.get("content"), str) and len(text) > LONG else message
+            for message in self.body["messages"]
+        ]
+        return hashlib.sha256(CANONICAL.encode([{**self.body, "messages": messages}, self.sample]).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
