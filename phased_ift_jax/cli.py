@@ -29,6 +29,7 @@ VERBS = {  # in the order in which one comes to need them
     "inspect": "what a model is and whether it can be trained, without loading it",
     "convert": "models between Hugging Face folders and orbax checkpoints",
     "generate": "answers of a model to prompts",
+    "judge": "which of two models answers better, and how sure that is",
     "report": "one page that says whether it helped: win rates, curves, forgetting, budgets, examples",
 }
 

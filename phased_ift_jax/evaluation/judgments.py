@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
@@ -96,7 +96,7 @@ def _order(row: dict[str, Any]) -> Judged:
         order = judged(row["scores"], key)
         if order.scores is None:
             raise ValueError(order.reason)
-        return order
+        return replace(order, reason=row.get("reason", ""))
     if row.get("scores") is not None or not isinstance(outcome, str):
         raise ValueError(f"outcome {short(outcome)} with scores {short(row.get('scores'))}; only `ok` has scores")
     return Judged(outcome, reason=row.get("reason", ""), key=key)
