@@ -77,7 +77,7 @@ def read(places: Sequence[str]) -> list[Prompt]:
         if not rows:
             raise UserError(f"{KEY}: '{path}' has no rows")
         for line, row in rows:
-            source = Source(path, line)
+            source = readers.source_of(path, line)
             try:
                 record = _record(row, LAYOUTS.get(declared), source, ids.setdefault(name, Ids()))
             except BadRow as reason:

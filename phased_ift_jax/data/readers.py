@@ -54,7 +54,7 @@ def stream(paths: str | Sequence[str], split: str = "train", append_period: bool
     for path, rows in _places([paths] if isinstance(paths, str) else paths, split):
         empty = True
         for line, row in rows:
-            source, empty = _source(path, line), False
+            source, empty = source_of(path, line), False
             try:
                 yield record_of(row, source, ids, append_period)
             except BadRow as reason:
@@ -65,11 +65,11 @@ def stream(paths: str | Sequence[str], split: str = "train", append_period: bool
 
 def columns(path: str, keys: Sequence[str], split: str = "train") -> dict[Source, dict[str, Any]]:
     """What rows hold under keys that are no part of a record, by where the rows are; null is as good as nothing."""
-    places = [(_source(where, line), row) for where, rows in _places([path], split) for line, row in rows if isinstance(row, dict)]
+    places = [(source_of(where, line), row) for where, rows in _places([path], split) for line, row in rows if isinstance(row, dict)]
     return {source: found for source, row in places if (found := {key: row[key] for key in keys if row.get(key) is not None})}
 
 
-def _source(path: str, line: int | Source) -> Source:
+def source_of(path: str, line: int | Source) -> Source:
     return line if isinstance(line, Source) else Source(path, line)
 
 
