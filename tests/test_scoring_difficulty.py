@@ -123,6 +123,7 @@ def test_letters_of_any_script_are_left_readable() -> None:
 
 def test_what_is_asked_about_one_turn_and_about_several() -> None:
     assert json.loads(quoted(record(Turn("a", "b", "c")))) == {"instruction": "a", "input": "c", "response": "b"}
+    assert json.loads(quoted(record(Turn("a", "b", " ")))) == {"instruction": "a", "input": " ", "response": "b"}
     several = record(Turn("a", "b"), Turn("c", ""), system="s")
     assert json.loads(quoted(several)) == {"system": "s", "conversation": [{"instruction": "a", "response": "b"}, {"instruction": "c", "response": ""}]}
 

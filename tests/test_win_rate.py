@@ -24,7 +24,8 @@ OUTCOMES = ("refused", "filtered", "unparseable", "out_of_range", "failed", "no_
 NINE = {"cc": "win", "c=": "win", "=c": "win", "==": "tie", "cb": "tie", "bc": "tie", "bb": "lose", "b=": "lose", "=b": "lose"}
 CONSERVATIVE = NINE | {"c=": "tie", "=c": "tie", "b=": "tie", "=b": "tie"}
 
-orders = st.builds(lambda a, b: Judged("ok", (a / 2, b / 2)), *[st.integers(0, 20)] * 2) | st.builds(Judged, st.sampled_from(OUTCOMES), reason=st.text(max_size=5))
+reasons = st.text(max_size=5) | st.just("\ud800")
+orders = st.builds(lambda a, b: Judged("ok", (a / 2, b / 2)), *[st.integers(0, 20)] * 2) | st.builds(Judged, st.sampled_from(OUTCOMES), reason=reasons)
 lengths = st.dictionaries(st.sampled_from(["characters", "words", "tokens"]), st.tuples(*[st.integers(0, 9999)] * 2))
 judgments_of_one_pair = st.lists(
     st.builds(Judgment, st.text(), st.sampled_from("abc"), st.just("new"), st.just("old"), st.just("judge"), st.tuples(orders, orders), lengths),

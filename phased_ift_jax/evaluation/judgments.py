@@ -45,7 +45,7 @@ def row_of(judgment: Judgment) -> dict[str, Any]:
 
 
 def write_judgments(path: Path, judgments: Iterable[Judgment]) -> None:
-    write_whole(path, "".join(json.dumps(row_of(judgment), ensure_ascii=False) + "\n" for judgment in judgments))
+    write_whole(path, "".join(json.dumps(row_of(judgment)) + "\n" for judgment in judgments))
 
 
 def read_judgments(path: Path, judge: str = "") -> list[Judgment]:
