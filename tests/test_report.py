@@ -27,7 +27,7 @@ HOSTILE = [
     '"><img src=x onerror="window.hit = 1">',
     "<svg/onload=window.hit=1>",
     "{{ 7 * 7 }}",
-    "javascript:hit()",
+    "javascript:hit()" + "_long" * 40,
     "\u202eabc\u0000\ud800",
 ]
 LIMIT = 5_000_000
@@ -271,7 +271,7 @@ class Elements(HTMLParser):
 
 def hostile_page(folder: Path, runs: Path) -> tuple[Path, str]:
     """Every text that a report takes from files is hostile: names, sets, ids, prompts, answers, outcomes, reasons, versions, phases, bins."""
-    names, evil = (HOSTILE[0], HOSTILE[1]), HOSTILE[2]
+    names, evil = (HOSTILE[0] + HOSTILE[4], HOSTILE[1] + HOSTILE[4]), HOSTILE[2]
     orders = [(Judged("ok", (7.0, 5.0)), Judged("ok", (6.0, 5.0))), (Judged(evil, reason=evil), Judged(evil, reason=evil))]
     found = [Judgment(evil + str(n), HOSTILE[n % 4], *names, evil, orders[n % 2], {"words": (3, 2)}) for n in range(12)]
     write_judgments(folder / "j.jsonl", found)
@@ -405,8 +405,9 @@ def test_without_scripts_all_is_there_but_the_filters(browser, of_judgments):
 
 
 def test_no_hostile_script_runs(browser, runs, tmp_path):
-    opened = Opened(browser, hostile_page(tmp_path, runs)[0])
+    opened = Opened(browser, hostile_page(tmp_path, runs)[0], viewport={"width": 390, "height": 800})
     assert opened.complaints == []
+    assert opened.page.evaluate("document.documentElement.scrollWidth") == 390
     assert opened.page.evaluate("window.hit") is None
     assert opened.page.locator(".example").first.inner_text().count("window.hit") >= 2
     opened.page.evaluate("document.querySelector('main').innerHTML += '<img src=x onerror=\"window.hit = 1\">'")

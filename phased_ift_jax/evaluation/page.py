@@ -97,6 +97,10 @@ def between(pair: Sequence[float] | None, digits: int = 1) -> str:
     return "no interval" if pair is None else f"{signed(pair[0], digits)} to {signed(pair[1], digits)}"
 
 
+def p_value(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
 def tick(value: float) -> str:
     """A number at an axis, as short as it can be told."""
     size = abs(value)
@@ -112,7 +116,7 @@ def minus(text: str) -> str:
 def render(report: Mapping[str, Any]) -> str:
     """The page; a character that no UTF-8 has stands in it as its escape."""
     pages = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    pages.filters |= {"signed": signed, "number": number, "between": between, "tick": tick, "minus": minus}
+    pages.filters |= {"signed": signed, "number": number, "between": between, "tick": tick, "minus": minus, "p": p_value}
     pages.globals |= {"axis": axis, "Axis": Axis, "line": line, "spans": spans, "max": max, "min": min, "log": math.log}
     script, style = ((FOLDER / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     mark = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
