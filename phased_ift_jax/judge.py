@@ -144,9 +144,9 @@ def work_of(args: argparse.Namespace, out: Path) -> Work:
     """
     candidate, baseline = (answers.read(Path(path).expanduser()) for path in args.answers)
     pairs = answers.pairs_of(candidate, baseline)[: args.limit]
-    for name in candidate.decoding.keys() & baseline.decoding.keys():
-        if candidate.decoding[name] != baseline.decoding[name]:
-            _note(f"the answers were made with {name} {candidate.decoding[name]!r} and {baseline.decoding[name]!r}: what differs may be that")
+    for name, value in candidate.decoding.items():
+        if (other := baseline.decoding.get(name, value)) != value:
+            _note(f"the answers were made with {name} {value!r} and {other!r}: what differs may be that")
     reasons: dict[str, list[str]] = {}
     for pair in pairs:
         if pair.missing:

@@ -101,13 +101,14 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
 def _answer(row: Any) -> Answer:
     if not isinstance(row, dict):
         raise ValueError("not an object")
-    texts = {name: row.get(name) for name in ("set", "input", "finish_reason", "output", "reference")}
+    texts = {name: row.get(name) for name in ("set", "input", "finish_reason")}
     for name, text in (texts | {"instruction": row["instruction"], "response": row["response"]}).items():
         if not isinstance(text, str | None):
             raise ValueError(f"`{name}` is {text!r:.40}, no text")
     if row["instruction"] is None or not isinstance(row["id"], str | int):
         raise ValueError("`id` and `instruction` are needed")
-    reference, tokens = texts["reference"] if texts["reference"] is not None else texts["output"], row.get("response_tokens")
+    references = (text for name in ("reference", "output") if isinstance(text := row.get(name), str))
+    tokens = row.get("response_tokens")
     return Answer(
         texts["set"] or "",
         str(row["id"]),
@@ -116,7 +117,7 @@ def _answer(row: Any) -> Answer:
         row["response"],
         texts["finish_reason"] or "",
         tokens if isinstance(tokens, int) else None,
-        reference,
+        next(references, None),
     )
 
 
