@@ -42,6 +42,12 @@ def gather(runs: Sequence[tuple[str, Path]], judgments: Sequence[Sequence[Path]]
     sheets = [[(path, read_judgments(path, judge)) for path in paths] for paths in judgments]
     compared = [compare(*_side_by_side(sheet)) | {"files": [str(path) for path, _ in sheet]} for sheet in sheets]
     responses = [_responses(path) for path in answers]
+    if responses:
+        examples = _examples(_judged_pairs(responses, [judgment for sheet in sheets for _, found in sheet for judgment in found]))
+        shown = [*(one["file"] for one in responses), *(str(path) for sheet in sheets for path, _ in sheet)]
+    else:
+        examples = _examples(_tasks(arms, read))
+        shown = [f"{read[arm['runs'][0]]['name']}/{ANSWERS}" for arm in arms if read[arm["runs"][0]]["answers"]]
     held_out = [_held_out(arms[0], other, read) for other in arms[1:]]
     return {
         "words": [word for one in compared or held_out for word in one["words"]] or _alone(read),
@@ -51,7 +57,7 @@ def gather(runs: Sequence[tuple[str, Path]], judgments: Sequence[Sequence[Path]]
         "held_out": held_out,
         "budget": _budget(arms, read),
         "lengths": [one["lengths"] | {"file": one["file"], "model": one["model"]} for one in responses],
-        "examples": _examples(_judged_pairs(responses, [judgment for sheet in sheets for _, found in sheet for judgment in found]) if responses else _tasks(arms, read)),
+        "examples": examples | {"files": shown},
         "paper": _paper(read),
     }
 
@@ -63,7 +69,7 @@ def _run(name: str, folder: Path) -> dict[str, Any]:
     bins, outline, manifests = settings.curriculum.bins, _json(folder / "plan.json", name), list(folder.glob("checkpoints/*/[0-9]*/manifest.json"))
     matrix = _json(folder / "forgetting.json", name).get("rows", [])
     thresholds = list(bins.thresholds or ()) if bins.by == "score" else _json(Path(bins.from_), bins.from_).get("thresholds", []) if bins.from_ else []
-    saved = max((_json(path, name) for path in manifests), key=lambda saved: (saved["phase"], saved["step"]), default={})
+    saved, manifest = max(((_json(path, name), path) for path in manifests), key=lambda found: (found[0]["phase"], found[0]["step"]), default=({}, None))
     answers: dict[tuple[str, str], dict[str, Any]] = {}
     for row in _lines(folder / ANSWERS):
         if matrix and row["after"] == matrix[-1]["after"]:
@@ -75,7 +81,7 @@ def _run(name: str, folder: Path) -> dict[str, Any]:
         "finished": bool(matrix) and matrix[-1]["after"] == outline.get("phases", [{"folder": ""}])[-1]["folder"],
         "model": settings.model.model_name_or_path,
         "config": {"file": f"{name}/config.yaml", "text": (folder / "config.yaml").read_text(encoding="utf-8")},
-        "versions": saved.get("versions", {}),
+        "versions": {"file": f"{name}/{manifest.relative_to(folder)}", "packages": saved.get("versions", {})} if manifest else None,
         "plan": {"file": f"{name}/plan.json", "thresholds": thresholds} | {key: outline.get(key) for key in ("phases", "budget", "bins", "difficulties")},
         "curves": {"file": f"{name}/metrics.jsonl"} | _curves(_lines(folder / "metrics.jsonl")),
         "forgetting": {"file": f"{name}/forgetting.json", "rows": matrix},
@@ -161,7 +167,8 @@ def _held_out(candidate: dict[str, Any], baseline: dict[str, Any], runs: Sequenc
     seeds = {run["seed"] for run in mine} & {run["seed"] for run in theirs}
     pairs = [(a, b) for a in mine for b in theirs if a["seed"] == b["seed"]] if seeds else list(zip(mine, theirs, strict=False))
     found: dict[str, Any] = {"candidate": candidate["name"], "baseline": baseline["name"], "pairs": [[a["name"], b["name"]] for a, b in pairs]}
-    found |= {"files": [f"{run['name']}/{file}" for pair in pairs for run in pair for file in ("forgetting.json", ANSWERS)], "loss": _losses(pairs), "exact_match": _exact(pairs)}
+    found |= {"loss": _losses(pairs), "exact_match": _exact(pairs)}
+    found["files"] = [f"{run['name']}/{file}" for pair in pairs for run in pair for file in ["forgetting.json"] + [ANSWERS] * bool(found["exact_match"])]
     return found | {"words": list(_words(found))}
 
 
