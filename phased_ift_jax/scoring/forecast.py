@@ -70,11 +70,11 @@ def told(missing: Missing, sample: Sequence[Request], ledger: Ledger, seconds: f
         return lines[0]
     sizes, usages = [], []
     for request in sample:  # those that a smaller pilot has asked come first
-        replies = [line["reply"] for line in ledger.lines(request.key) if line["reply"]]
-        if not replies:
+        ended = list(ledger.lines(request.key))
+        if not ended:
             break
         sizes.append(prompt_bound(request.body))
-        usages.append([usage for reply in replies if (usage := reply.get("usage"))])
+        usages.append([usage for line in ended if line["reply"] and (usage := line["reply"].get("usage"))])  # none: turned away, which is free
     if len(sizes) < max(min(LEAST, len(sample)), 2):
         return "\n".join(lines + _bounds(missing, sample))
     for name in ("prompt_tokens", "completion_tokens"):
