@@ -189,8 +189,7 @@ def requests_for(records: Iterable[InstructionRecord], settings: Settings, repea
         yield request
         if not repeat_share:
             continue
-        draw = hashlib.sha256(f"{seed}:{request.key}".encode()).digest()
-        if int.from_bytes(draw[:8]) < repeat_share * 2**64:
+        if repeat_share and int.from_bytes(hashlib.sha256(f"{seed}:{request.key}".encode()).digest()[:8]) < repeat_share * 2**64:
             yield Request(request.body, 1)
 
 
