@@ -27,13 +27,14 @@ from phased_ift_jax.models.decoder import Params, parameter_dims, parameter_shap
 from phased_ift_jax.models.hf_folder import Folder, open_folder
 from phased_ift_jax.models.tensor_files import weight_files
 from phased_ift_jax.object_store import Objects
-from phased_ift_jax.records import Turn, UserError
+from phased_ift_jax.records import UserError
 from phased_ift_jax.sharding import tree_shardings
 from phased_ift_jax.training import conversion, manifest, mirror
 from phased_ift_jax.training.checkpoint import load_arrays
 from phased_ift_jax.training.model_card import PROVENANCE
 
 Line = dict[str, Any]
+TOLD = ("response", "finish_reason", "prompt_tokens", "response_tokens")
 
 
 @dataclass(frozen=True)
@@ -130,12 +131,12 @@ def answer(model: Model, prompts: Sequence[Prompt], settings: Settings, mesh: Me
     template, dtype, most = settings.prompt_template, settings.dtype, settings.max_length
     assert template is not None and dtype is not None and most is not None, "resolved"  # noqa: PT018
     stated = {"model": model.name, "model_id": model.identity} | asdict(settings)
-    asked = [prompt.fields | {"set": prompt.set, "id": prompt.record.id} | _said(prompt.record.turns[0]) | stated for prompt in prompts]
+    asked = [_asked(prompt) | stated for prompt in prompts]
     there = book.read([prompt.name for prompt in prompts], asked)
     ids = [prompt_ids(prompt.record, tokenizer, template) for prompt in prompts]
 
     def line(at: int, response: str | None, reason: str, tokens: int) -> Line:
-        return asked[at] | {"response": response, "finish_reason": reason, "prompt_tokens": len(ids[at]), "response_tokens": tokens}
+        return asked[at] | dict(zip(TOLD, (response, reason, len(ids[at]), tokens), strict=True))
 
     lines = [there.get(prompt.name) or line(at, None, "too_long", 0) for at, prompt in enumerate(prompts)]
     fitting = [at for at in range(len(prompts)) if len(ids[at]) < most]
@@ -157,8 +158,10 @@ def answer(model: Model, prompts: Sequence[Prompt], settings: Settings, mesh: Me
     return lines
 
 
-def _said(turn: Turn) -> Line:
-    return {"instruction": turn.instruction, "input": turn.input}
+def _asked(prompt: Prompt) -> Line:
+    """A prompt's row, with what every prompt has under the same keys; an answer that came with it gives way to ours."""
+    turn, fields = prompt.record.turns[0], {key: value for key, value in prompt.fields.items() if key not in TOLD}
+    return fields | {"set": prompt.set, "id": prompt.record.id, "instruction": turn.instruction, "input": turn.input}
 
 
 class Book:
@@ -222,13 +225,15 @@ def writing(path: Path) -> Iterator[Book]:
     part = path.with_name(f".{path.name}.answers")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "ab+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.seek(0)
-            yield Book(path, file)
-            if path.exists():
-                part.unlink()
-    except BlockingIOError:
-        raise UserError(f"--out: another process is writing '{path}'; wait for it, or name another file") from None
+        file = open(part, "ab+")  # noqa: SIM115
     except OSError as error:
-        raise UserError(f"--out: cannot write '{path}': {error.strerror}; name another file") from error
+        raise UserError(f"--out: cannot write '{path}': {error.strerror}; name another file") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--out: another process is writing '{path}'; wait for it, or name another file") from None
+        file.seek(0)
+        yield Book(path, file)
+        if path.exists():
+            part.unlink()
