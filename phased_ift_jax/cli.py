@@ -18,15 +18,19 @@ from typing import NoReturn
 
 from phased_ift_jax.records import Failure, UserError
 
-VERBS = {
-    "train": "train a model in phases, or at once",
+VERBS = {  # in the order in which one comes to need them
+    "fetch": "download scored Alpaca, raw Alpaca or the test sets",
+    "score": "how difficult records are: ask a model once, and never pay twice",
+    "calibrate": "how a scored file agrees with another, and what that other can test",
+    "split": "put scored data into phases: thresholds, a picture, phases.json",
     "plan": "what a run will do, before it does it",
-    "convert": "models between Hugging Face folders and orbax checkpoints",
+    "train": "train a model in phases, or at once",
     "status": "how far a run is, and what its next start will do",
     "inspect": "what a model is and whether it can be trained, without loading it",
-    "calibrate": "how a scored file agrees with another, and what that other can test",
-    "score": "how difficult records are: ask a model once, and never pay twice",
-    "fetch": "download scored Alpaca, raw Alpaca or the test sets",
+    "convert": "models between Hugging Face folders and orbax checkpoints",
+    "generate": "answers of a model to prompts",
+    "judge": "which of two models answers better, and how sure that is",
+    "report": "one page that says whether it helped: win rates, curves, forgetting, budgets, examples",
 }
 
 

@@ -59,7 +59,7 @@ class DataConfig(Section):
     """What is read, and how text becomes rows of tokens."""
 
     path: str | tuple[str, ...] = Field(description="file, several files, folder or glob, on a disk or gs://, hub name (org/name) or tfds:name; json, jsonl, csv or parquet")
-    split: str = Field("train", description="split of a hub or TFDS dataset")
+    split: str = Field("train", description="split of a hub or TFDS dataset; all: every split of a TFDS one")
     prompt_template: Literal[TEMPLATES] = Field("user_assistant", description="user_assistant is the paper's; tokenizer takes the tokenizer's own chat template")  # type: ignore[valid-type]
     append_period: bool = Field(False, description="raw Alpaca triples only: end an instruction that has no period with one, as the paper's data preparation did")
     max_length: int = Field(2048, gt=1, description="tokens of one example, prompt and response; longer ones are truncated or quarantined")
@@ -74,7 +74,7 @@ class DataConfig(Section):
 class Bins(Section):
     """How rows are put into bins of difficulty: `by` a measure, or `from` a file that lists them; exactly one."""
 
-    by: Literal["score", "file", "length"] | None = Field(None, description="score of the row, file it was read from, or length of the response in tokens")
+    by: Literal["score", "file", "length"] | None = Field(None, description="score of the row, file (TFDS: split) it was read from, or length of the response in tokens")
     thresholds: tuple[float, ...] | None = Field(None, description="bounds between bins, rising: [1.5, 3.5] makes [min, 1.5), [1.5, 3.5), [3.5, max]")
     quantiles: tuple[Share, ...] | None = Field(None, description="instead of thresholds: shares of the rows below each bound, such as [0.585, 0.869]")
     from_: str | None = Field(None, alias="from", description="phases.json with the ids of each bin, or its address gs://...")

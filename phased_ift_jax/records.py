@@ -130,3 +130,32 @@ class PackedBatch:
     weights_BT: Any
     segments_BT: Any
     positions_BT: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What a judge made of one pair of answers in one order: (candidate's, baseline's) scores, whichever came first, or None and why there are none.
+
+    `key` is the question's in the ledger, where the raw reply is; empty where no model was asked.
+    """
+
+    outcome: str  # "ok" with scores; else refused, filtered, unparseable, out_of_range, failed, or no_answer where there was nothing to judge
+    scores: tuple[float, float] | None = None
+    reason: str = ""
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgment:
+    """A judge's view of two answers to one prompt, seen with the candidate's first and with the baseline's first.
+
+    `lengths` are (candidate's, baseline's), by unit: characters, words, tokens; a unit that was not measured is missing.
+    """
+
+    id: str
+    test_set: str
+    candidate: str
+    baseline: str
+    judge: str
+    orders: tuple[Judged, Judged]
+    lengths: dict[str, tuple[int, int]] = field(default_factory=dict)

@@ -30,6 +30,7 @@ AXES: Mapping[str, str | tuple[str, ...] | None] = {
     "B": ("data", "fsdp"),  # rows of a batch
     "R": "data",  # rows of a batch where each shard looks at those of all: in the embedding, whose width is split
     "T": None,  # tokens of a row
+    "S": None,  # slots of a cache
     "L": None,  # layers, scanned
     "V": "tensor",  # vocabulary
     "D": "fsdp",  # model width

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,7 +96,8 @@ class Results:
 
         self.last = evaluation
         matches = {name: exact_match([(a.response, a.answer) for a in answers]) for name, answers in evaluation.answers.items()}
-        self.matrix.add(after, loss=evaluation.losses, exact_match=matches)
+        answers = [{"bin": name} | asdict(answer) for name, answers in evaluation.answers.items() for answer in answers]
+        self.matrix.add(after, answers, loss=evaluation.losses, exact_match=matches)
         shown = [f"{name} {loss:.3f}" + (f" ({matches[name]:.0%} right)" if matches else "") for name, loss in evaluation.losses.items()]
         print(f"{'before training' if after == 'base' else f'after {after}'}, held-out loss: {', '.join(shown)}", flush=True)
 

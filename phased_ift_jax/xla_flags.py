@@ -35,8 +35,12 @@ TPU = {
     # else it rounds the weights of all layers at once, before the loop over them: a bfloat16 copy of the model that stays
     "xla_jf_bf16_propagation": "false",
 }
-# off by default on v4; v5p's recipe says it all the same
-PERMUTE = {"xla_enable_async_collective_permute": "true"}
+TORUS = {
+    # off by default on v4; v5p's recipe says it all the same
+    "xla_enable_async_collective_permute": "true",
+    # else the weights of a layer come together, on a slice that is a torus of three axes, by an all-reduce of zeros and shards: twice the bytes
+    "xla_tpu_prefer_async_allgather_to_allreduce": "true",
+}
 GPU = {
     "xla_gpu_enable_latency_hiding_scheduler": "true",  # off by default on GPUs: without it collectives stand in the way of the matmuls
     # a layer's weights (0.4 GB of Llama-2-7B in bfloat16, 0.6 GB of 13B) in one collective; smaller ones have less of the bandwidth
@@ -46,10 +50,10 @@ GPU = {
     "xla_gpu_enable_triton_gemm": "false",  # cuBLAS is as fast on large bfloat16 matmuls, and needs no minutes of tuning
 }
 FLAGS: dict[str, dict[str, str]] = {
-    "v4": TPU | PERMUTE,
+    "v4": TPU | TORUS,
     "v5e": TPU,
     # two cores share a chip's work there: a fusion of theirs would take the all-gathers away from the asynchronous one
-    "v5p": TPU | PERMUTE | {"xla_tpu_megacore_fusion_allow_ags": "false"},
+    "v5p": TPU | TORUS | {"xla_tpu_megacore_fusion_allow_ags": "false"},
     # of its fast memory 96 MiB for the operation at work, and the rest for fetching ahead: large tiles pay where matmuls are what takes the time
     "v6e": TPU | {"xla_tpu_scoped_vmem_limit_kib": "98304"},
     "h100": GPU,

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,19 @@ def words(data: Path, out: Path, url: str, *more: str) -> list[str]:
     return [str(data), "--out", str(out), "--model", "gpt-4o-mini", "--base_url", url, *QUICK, *more]
 
 
-def process(argv: list[str], **options: Any) -> subprocess.Popen[str]:
+def process(argv: list[str], verb: str = "score", **options: Any) -> subprocess.Popen[str]:
     env = os.environ | {"OPENAI_API_KEY": KEY, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-m", "phased_ift_jax.score", *argv], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen([sys.executable, "-m", f"phased_ift_jax.{verb}", *argv], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def run(argv: list[str], monkeypatch: pytest.MonkeyPatch, key: str | None = KEY) -> int:
+def run(argv: list[str], monkeypatch: pytest.MonkeyPatch, key: str | None = KEY, main: Callable[[Sequence[str]], int] = score.main) -> int:
     """The verb in this process; its exit code, as `cli.run` gives it."""
     if key is None:
         monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     else:
         monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises(SystemExit) as ended:
-        cli.run(score.main, argv)
+        cli.run(main, argv)
     return int(ended.value.code or 0)
 
 

@@ -19,6 +19,7 @@ from test_processes import Pod
 from test_run import Crash, assert_same_result, crash_in_step, final_weights, make_config, metrics, rows, train, undisturbed  # noqa: F401
 
 from phased_ift_jax import cli, lease, object_store
+from phased_ift_jax import report as report_verb
 from phased_ift_jax import status as status_verb
 from phased_ift_jax import train as train_verb
 from phased_ift_jax.config import dump
@@ -411,3 +412,16 @@ def test_an_export_is_brought_back_for_the_hub(gcs, rows, undisturbed, monkeypat
     assert loop.publish(run) == sorted(path.name for path in (undisturbed / "hf/3-hard").iterdir())
     assert final_weights(run.output).keys() == final_weights(undisturbed).keys()
     shutil.rmtree(run.output)
+
+
+def test_a_report_of_a_run_in_a_bucket_is_of_what_lies_there(gcs, stopped, tmp_path, monkeypatch):
+    gcs.buckets["bucket"].update(stopped)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert report_verb.main([ADDRESS, "--out", str(tmp_path / "report.html")]) == 0
+    (run,) = json.loads((tmp_path / "report.json").read_text())["runs"]
+    assert run["name"] == ADDRESS
+    assert run["forgetting"]["rows"] == json.loads(gcs.objects()["runs/run/forgetting.json"])["rows"]
+    assert run["plan"]["budget"] == json.loads(gcs.objects()["runs/run/plan.json"])["budget"]
+    assert not run["finished"]
+    assert run["versions"]
+    assert str(tmp_path) not in (tmp_path / "report.html").read_text()

@@ -14,13 +14,15 @@ from test_run import ROOT, metrics
 
 from phased_ift_jax import config as config_module
 
-SHORT = ("--training.max_steps", "6", "--data.eval_size", "16", "--evaluation.exact_match", "false")
+WHOLE = ("--evaluation.exact_match", "false")
+SHORT = ("--training.max_steps", "6", "--data.eval_size", "16", *WHOLE)
 BOOKS = ("metrics.jsonl", "trained_ids.jsonl", "tensorboard/run/events.out.tfevents.*")
 LIMIT = 60  # seconds in which all survivors have ended
 
 
-def quickstart(folder: Path, cache: Path, processes: int = 4, devices: int = 2) -> Pod:  # noqa: F811
-    return Pod(folder, config_module.load(ROOT / "configs/quickstart.yaml", [("output_dir", str(folder / "run"))]), cache, processes, devices, SHORT)
+def quickstart(folder: Path, cache: Path, processes: int = 4, devices: int = 2, words: tuple[str, ...] = SHORT) -> Pod:  # noqa: F811
+    config = config_module.load(ROOT / "configs/quickstart.yaml", [("output_dir", str(folder / "run"))])
+    return Pod(folder, config, cache, processes, devices, words, joined=devices > 1)
 
 
 def writers(pod: Pod, path: Path) -> list[int]:
@@ -51,6 +53,18 @@ def test_four_processes_learn_what_one_does(four, cache, tmp_path, measured):  #
     measured("losses, four processes against one (<= 1e-5)", assert_same_losses(four[0] / "run", tmp_path / "run"))
     assert [(line["phase"], line["step"]) for line in metrics(four[0] / "run")] == [(phase, step) for phase in ("easy", "medium", "hard") for step in range(1, 7)]
     assert (four[0] / "run/trained_ids.jsonl").read_text() == (tmp_path / "run/trained_ids.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_four_processes_end_the_whole_quickstart_as_one_process_does(cache, tmp_path, measured):  # noqa: F811
+    """All 1,250 steps, against one process with as many devices whose sums go through the same library (gloo): not one bit may differ."""
+    for name, processes, devices in (("four", 4, 2), ("one", 1, 8)):
+        pod = quickstart(tmp_path / name, cache, processes, devices, WHOLE)
+        assert pod.codes(3000) == [0] * processes, [log.read_text()[-3000:] for log in pod.logs]
+    measured("losses, the whole quickstart in four processes against one (<= 1e-5)", assert_same_losses(tmp_path / "four/run", tmp_path / "one/run"))
+    for name in ("forgetting.json", "trained_ids.jsonl"):
+        assert (tmp_path / "four/run" / name).read_text() == (tmp_path / "one/run" / name).read_text()
+    assert len(metrics(tmp_path / "four/run")) == 1250
 
 
 def test_process_0_alone_keeps_the_books(four):

@@ -40,6 +40,7 @@ class Pod:
         words: tuple[str, ...] = (),
         places: tuple[Path, ...] = (),
         surroundings: tuple[dict[str, str], ...] = (),
+        joined: bool = False,
     ) -> None:
         folder.mkdir(exist_ok=True, parents=True)
         self.logs = [folder / f"process{index}.log" for index in range(processes)]
@@ -53,7 +54,7 @@ class Pod:
             environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": str(devices)} | (surroundings[index] if surroundings else {})
             if cache:
                 environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-            if processes > 1:
+            if processes > 1 or joined:  # with a coordinator of its own, even one process adds up by way of gloo
                 environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index)}
             with open(log, "w") as out:
                 command = [sys.executable, str(MEMBER), str(path), *words]

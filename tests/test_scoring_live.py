@@ -318,6 +318,23 @@ def test_what_a_power_cut_leaves_is_made_good(tmp_path: Path) -> None:
         assert server.counts()["billed"] == 8
 
 
+def test_a_reply_damaged_in_its_middle_is_told_and_not_paid_for_again(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    with fake_openai.process() as server:
+        asked = questions(3)
+        ask(asked, path, server.url)
+        noted = path.read_bytes().splitlines(keepends=True)
+        hit = next(index for index, line in enumerate(noted) if line.startswith(b'{"key"'))
+        noted[hit] = noted[hit].replace(b'"choices"', b'"choi\0es', 1)
+        path.write_bytes(b"".join(noted))
+        _, ledger = ask(asked, path, server.url)
+        assert server.counts()["billed"] == 3
+    with Ledger(path) as ledger:
+        readings = [ledger.reading(one.key, PARSE) for one in asked]
+    assert sorted(one.outcome for one in readings if one) == ["failed", "ok", "ok"]
+    assert "damaged" in next(one.reason for one in readings if one and one.outcome == "failed")
+
+
 def test_an_index_made_anew_is_the_one_that_was_kept(tmp_path: Path) -> None:
     with fake_openai.process(faults=0.5, seed=5, retry_after=0.05) as server:
         _, ledger = ask(questions(100), tmp_path / "ledger.jsonl", server.url, timeout_seconds=0.4, settle_seconds=0.2)

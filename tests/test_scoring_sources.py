@@ -27,7 +27,8 @@ from phased_ift_jax.models.hf_folder import open_folder
 from phased_ift_jax.records import InstructionRecord, Reading, Source, TokenizedExample, UserError
 from phased_ift_jax.scoring import scored_file
 from phased_ift_jax.scoring.measures import by_rank, import_scores, score_by_ifd, score_by_length
-from phased_ift_jax.scoring.scored_file import Unscored, beside
+from phased_ift_jax.scoring.outputs import beside, check
+from phased_ift_jax.scoring.scored_file import Unscored
 from phased_ift_jax.sharding import make_mesh, put
 from phased_ift_jax.training.ifd import ratios, summed_losses
 from phased_ift_jax.training.step import Trainer
@@ -38,7 +39,7 @@ def lines(path: Path) -> list[dict[str, object]]:
 
 
 def test_a_scored_file_and_what_lies_beside_it_say_the_same(tmp_path: Path) -> None:
-    out = scored_file.check(str(tmp_path / "new" / "scored.jsonl"), [])
+    out = check(str(tmp_path / "new" / "scored.jsonl"), [])
     rows = [{"id": "a", "difficulty": 1.0}, {"id": "b", "difficulty": 4.0}]
     others = [Unscored("c", Source("d.jsonl", 3), "refused", "no"), Unscored(None, Source("odd\udcff.jsonl", 4), "unusable", "not JSON")]
     card = scored_file.write(out, iter(rows), iter(others), {"scorer": "length"})
@@ -59,12 +60,12 @@ def test_a_failure_in_the_middle_leaves_the_scored_file_of_before(tmp_path: Path
         assert lines(out) == [{"id": "a", "difficulty": 2.0}]
 
 
-@pytest.mark.parametrize(("out", "wanted"), [("gs://b/scored.jsonl", "in a bucket"), ("scored.json", "no .jsonl"), ("{data}", "the file that is scored")])
+@pytest.mark.parametrize(("out", "wanted"), [("gs://b/scored.jsonl", "in a bucket"), ("scored.json", "no .jsonl"), ("{data}", "one of the files that are read")])
 def test_out_is_refused_in_one_line(tmp_path: Path, out: str, wanted: str) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("{}\n")
     with pytest.raises(UserError, match=wanted):
-        scored_file.check(out.format(data=data), [str(data)])
+        check(out.format(data=data), [str(data)])
 
 
 # --- import, length ---------------------------------------------------------------------------------------------------------------------

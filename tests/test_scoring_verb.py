@@ -42,6 +42,12 @@ def test_scoring_a_file_from_end_to_end_brings_no_jax(tmp_path: Path, shared_dat
     [
         (["--model", "somebodys", "--budget_usd", "5"], "--price INPUT OUTPUT"),
         (["--budget_usd", "0"], "--budget_usd: 0.0 is no amount"),
+        (["--price", "-1", "-1", "--budget_usd", "5"], "--price: -1.0 -1.0 are no prices"),
+        (["--price", "nan", "1"], "--price: nan 1.0 are no prices"),
+        (["--base_url", "nonsense"], "--base_url: 'nonsense' is no address"),
+        (["--base_url", "http://me:secret@127.0.0.1:9/v1?key=secret"], "--base_url: 'http://127.0.0.1:9/v1' is no address"),
+        (["--timeout_seconds", "-1"], "--timeout_seconds and --settle_seconds: -1.0 and"),
+        (["--settle_seconds", "nan"], "and nan are no times"),
         (["--repeat", "500%"], "'500%' is no share"),
         (["--concurrency", "0"], "'0' is no number from 1 on"),
         (["--out", "gs://bucket/scored.jsonl"], "in a bucket, where nothing can be appended"),
@@ -63,9 +69,10 @@ def test_bad_input_is_one_line(
     assert error.count("\n") == 1
 
 
-def test_a_key_that_is_none_is_not_told(tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("key", ["sk-secret\nsk-another", "\N{LEFT DOUBLE QUOTATION MARK}sk-secret"])
+def test_a_key_that_is_none_is_not_told(key: str, tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     data = some_data(tmp_path / "data.jsonl", shared_data, 5)
-    assert run(words(data, tmp_path / "scored.jsonl", AWAY), monkeypatch, key="sk-secret\nsk-another") == 2
+    assert run(words(data, tmp_path / "scored.jsonl", AWAY), monkeypatch, key=key) == 2
     assert capsys.readouterr().err == "error: OPENAI_API_KEY: holds characters that no key has; was it copied whole, and alone?\n"
 
 

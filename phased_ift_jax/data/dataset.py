@@ -14,9 +14,10 @@ import numpy as np
 from phased_ift_jax.config import CurriculumConfig, DataConfig
 from phased_ift_jax.data import readers
 from phased_ift_jax.data.phases import Curriculum, assign_bins, curriculum_of, draw_phases, hold_out, plain
+from phased_ift_jax.data.tfds_folders import in_order
 from phased_ift_jax.data.tokenization import tokenize
 from phased_ift_jax.files import write_whole
-from phased_ift_jax.records import InstructionRecord, Phase, Quarantined, TokenizedExample, UserError
+from phased_ift_jax.records import InstructionRecord, Phase, Quarantined, ScoredRecord, TokenizedExample, UserError
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Dataset:
     quarantined: tuple[Quarantined, ...]
     rows_read: int
     data_hash: str
+    difficulties: dict[float, int]  # usable rows by their difficulty in tenths, rounded down; empty where there are no scores
 
     @property
     def identity(self) -> str:
@@ -70,7 +72,7 @@ def prepare(data: DataConfig, curriculum: CurriculumConfig, seed: int, tokenizer
     examples = [result if isinstance(result, TokenizedExample) else None for result in results]
     if not any(examples):  # nothing to put in bins: the first row's fault says more than a complaint about scores or lengths
         _refuse_if_many([*reading.quarantined, *(result for result in results if isinstance(result, Quarantined))], reading.rows, data.max_quarantined)
-    files = list(dict.fromkeys(plain(record).source.path for record in records))
+    files = in_order(plain(record).source.path for record in records)
     binning = assign_bins(curriculum.bins, records, examples, files)
     usable = np.array([example is not None for example in examples]) & (binning.bin_of > 0)
     truncated = np.array([example is not None and example.truncated for example in examples])
@@ -113,6 +115,7 @@ def prepare(data: DataConfig, curriculum: CurriculumConfig, seed: int, tokenizer
         quarantined=tuple(quarantined),
         rows_read=reading.rows,
         data_hash=data_hash,
+        difficulties=_by_tenths([record.difficulty for row in kept if isinstance(record := records[row], ScoredRecord)]),
     )
 
 
@@ -121,6 +124,11 @@ def write_quarantine(quarantined: tuple[Quarantined, ...], path: Path) -> None:
     lines = (json.dumps({"file": row.source.path, "line": row.source.line, "id": row.id, "reason": _reason(row)}, ensure_ascii=False) for row in quarantined)
     # some names of files are not Unicode; what stands for their bytes is written as JSON escapes it
     write_whole(path, "".join(line.encode(errors="backslashreplace").decode() + "\n" for line in lines))
+
+
+def _by_tenths(difficulties: list[float]) -> dict[float, int]:
+    tenths, counts = np.unique(np.floor(np.round(np.array(difficulties) * 10, 6)) / 10, return_counts=True)
+    return dict(zip(tenths.tolist(), counts.tolist(), strict=True))
 
 
 def _reason(row: Quarantined) -> str:

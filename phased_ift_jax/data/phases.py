@@ -7,6 +7,7 @@ the rows.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ def assign_bins(bins: Bins, records: Sequence[Record], examples: Sequence[Tokeni
     if bins.by == "file":
         number = {file: i for i, file in enumerate(files, 1)}
         names = _names(bins, [re.sub(r"[^A-Za-z0-9_.+-]+", "_", Path(file).stem).lstrip("_.+-") or "file" for file in files])
-        return Binning(names, np.array([number[plain(record).source.path] for record in records], np.int64))
+        return Binning(names, np.array([number.get(plain(record).source.path, 0) for record in records], np.int64), "it is in no phase of its TFDS folder")
     if bins.by == "score":
         values = [record.difficulty if isinstance(record, ScoredRecord) else None for record in records]
         if not any(value is not None for value in values):
@@ -144,17 +145,25 @@ def _names(bins: Bins, default: list[str]) -> tuple[str, ...]:
     return bins.names
 
 
+def hash_of_ids(ids: Sequence[str]) -> str:
+    """SHA-256 of ids in their order, as a JSON array."""
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
 def _listed(path: str, records: Sequence[Record]) -> Binning:
     try:
         local = pictures.copy(path, "curriculum.bins.from") if pictures.is_ours(path) else Path(path)
         listed = json.loads(local.read_text(encoding="utf-8"))["bins"]
         named = [(str(entry["name"]), [str(i) for i in entry["ids"]]) for entry in listed]
+        changed = [entry["name"] for entry, (_, ids) in zip(listed, named, strict=True) if entry.get("ids_sha256", hash_of_ids(ids)) != hash_of_ids(ids)]
         if not all(isinstance(entry["ids"], list) for entry in listed):
             raise TypeError
     except OSError as error:
         raise UserError(f"curriculum.bins.from: cannot read '{path}': {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f'curriculum.bins.from: \'{path}\' is not of the form {{"bins": [{{"name": "easy", "ids": ["1", "2"]}}]}}') from None
+    if changed:
+        raise UserError(f"curriculum.bins.from: the ids of bin {changed[0]!r} of '{path}' are not those that its ids_sha256 is of; split again, or leave ids_sha256 out")
     names = tuple(name for name, _ in named)
     if len(set(names)) < len(names) or not all(re.fullmatch(NAME, name) for name in names):
         raise UserError(f"curriculum.bins.from: the names of '{path}', {', '.join(map(repr, names))}, must be distinct and made of letters, digits and _.+-")

@@ -17,16 +17,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from reprlib import repr as short
 from typing import Any
 
-import numpy as np
-
 from phased_ift_jax import pictures
-from phased_ift_jax.data.row_kinds import BadRow, Ids, id_or_none, is_unicode, kind, record_of
+from phased_ift_jax.data import tfds_folders
+from phased_ift_jax.data.row_kinds import BadRow, Ids, id_or_none, is_unicode, kind, one_line, record_of
 from phased_ift_jax.object_store import Objects
 from phased_ift_jax.records import InstructionRecord, Quarantined, Reading, ScoredRecord, Source, UserError
 
 KEY = "data.path"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-Rows = Iterator[tuple[int, Any]]  # the 1-based line and the row there, or the `BadRow` that stands in its place
+Rows = Iterator[tuple[int | Source, Any]]  # the 1-based line (or source) and the row there, or the `BadRow` that stands in its place
 
 
 def read(paths: str | Sequence[str], split: str = "train", append_period: bool = False) -> Reading:
@@ -55,7 +54,7 @@ def stream(paths: str | Sequence[str], split: str = "train", append_period: bool
     for path, rows in _places([paths] if isinstance(paths, str) else paths, split):
         empty = True
         for line, row in rows:
-            source, empty = Source(path, line), False
+            source, empty = source_of(path, line), False
             try:
                 yield record_of(row, source, ids, append_period)
             except BadRow as reason:
@@ -66,8 +65,18 @@ def stream(paths: str | Sequence[str], split: str = "train", append_period: bool
 
 def columns(path: str, keys: Sequence[str], split: str = "train") -> dict[Source, dict[str, Any]]:
     """What rows hold under keys that are no part of a record, by where the rows are; null is as good as nothing."""
-    places = [(Source(where, line), row) for where, rows in _places([path], split) for line, row in rows if isinstance(row, dict)]
+    places = [(source_of(where, line), row) for where, rows in _places([path], split) for line, row in rows if isinstance(row, dict)]
     return {source: found for source, row in places if (found := {key: row[key] for key in keys if row.get(key) is not None})}
+
+
+def source_of(path: str, line: int | Source) -> Source:
+    return line if isinstance(line, Source) else Source(path, line)
+
+
+def rows(path: str) -> Rows:
+    """The rows of the files that a path names, by the line where each begins; raises `UserError` as `read` does."""
+    for _, found in _places([path], "train"):
+        yield from found
 
 
 # --- places: what a path names -------------------------------------------------------------------------------------------------
@@ -158,7 +167,7 @@ def _guarded(path: str, rows: Callable[[str], Rows]) -> Rows:
     try:
         yield from rows(local)
     except OSError as error:
-        raise UserError(f"data.path: cannot read '{path}': {error.strerror or _one_line(error)}") from None
+        raise UserError(f"data.path: cannot read '{path}': {error.strerror or one_line(error)}") from None
     except UserError as error:
         raise UserError(str(error).replace(local, path)) from None
 
@@ -286,7 +295,7 @@ def _parquet(path: str) -> Rows:
             _once(file.schema_arrow.names, f"{path}: the schema")
             yield from _arrow_rows(file.iter_batches(batch_size=1024))
     except (pa.ArrowException, UnicodeDecodeError) as error:  # a column's name may be no text, too
-        raise UserError(f"data.path: '{path}' is not readable as parquet: {_one_line(error)}") from None
+        raise UserError(f"data.path: '{path}' is not readable as parquet: {one_line(error)}") from None
 
 
 def _arrow_rows(batches: Iterable[Any]) -> Rows:
@@ -306,7 +315,7 @@ def _arrow_row(one_row: Any) -> object:
     except UnicodeDecodeError:
         return BadRow("invalid UTF-8")
     except (ValueError, OverflowError) as error:
-        return BadRow(f"a cell cannot be read: {_one_line(error)}")
+        return BadRow(f"a cell cannot be read: {one_line(error)}")
 
 
 def _hub(name: str, split: str) -> Rows:
@@ -320,7 +329,7 @@ def _hub(name: str, split: str) -> Rows:
 
 
 def _hub_fault(error: Exception, name: str) -> str:
-    text = _one_line(error)
+    text = one_line(error)
     if re.search(r"gated|\b40[13]\b", text):
         return f"accept the licence on its page, https://huggingface.co/datasets/{name}, then set HF_TOKEN"
     if isinstance(error, ConnectionError) or "offline" in text.lower():
@@ -331,40 +340,10 @@ def _hub_fault(error: Exception, name: str) -> str:
 
 
 def _tfds(name: str, split: str) -> Rows:
-    import tensorflow_datasets as tfds
-
     folder = os.path.expanduser(name)
-    is_folder = os.path.isdir(folder)
-    if is_folder and not os.path.exists(os.path.join(folder, "dataset_info.json")):
-        versions = sorted(glob.glob(os.path.join(glob.escape(folder), "**", "dataset_info.json"), recursive=True))
-        hint = f"; did you mean 'tfds:{os.path.dirname(versions[-1])}'?" if versions else ""
-        raise UserError(f"data.path: no dataset_info.json in '{name}'{hint}")
-    if not is_folder and name.startswith(("/", ".", "~")):
+    if not os.path.isdir(folder) and name.startswith(("/", ".", "~")):
         raise UserError(f"data.path: no such folder '{name}'{_nearest(folder)}")
-    try:
-        source = tfds.builder_from_directory(folder).as_data_source(split=split) if is_folder else tfds.data_source(name, split=split)
-    except Exception as error:  # the border to TFDS: unknown names, unknown splits, files of another format
-        raise UserError(f"data.path: TFDS dataset '{name}', split '{split}': {_one_line(error)}") from None
-    for index in range(len(source)):
-        try:
-            yield index + 1, _plain(source[index])
-        except UnicodeDecodeError:
-            yield index + 1, BadRow("invalid UTF-8")
-
-
-def _plain(value: Any) -> Any:
-    """TFDS values as JSON would have them."""
-    if isinstance(value, bytes):
-        return value.decode()
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [_plain(item) for item in value]
-    return value.item() if isinstance(value, np.generic) else value
+    yield from tfds_folders.rows(name, split)
 
 
 FORMATS: dict[str, Callable[[str], Rows]] = {".json": _json, ".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".parquet": _parquet}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

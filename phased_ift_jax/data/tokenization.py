@@ -18,7 +18,7 @@ import numpy as np
 from phased_ift_jax import pictures
 from phased_ift_jax.data.templates import Rendered, render
 from phased_ift_jax.data.tokenizer_json import added_files
-from phased_ift_jax.records import InstructionRecord, Quarantined, TokenizedExample, UserError
+from phased_ift_jax.records import InstructionRecord, Quarantined, Source, TokenizedExample, Turn, UserError
 
 BATCH = 1024  # rows handed to the Rust tokenizer at once
 CONFIGURATION = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "additional_chat_templates/*.jinja")
@@ -63,7 +63,7 @@ def load_tokenizer(folder: Path, vocab_size: int | None = None) -> Any:
 
 def tokenize(records: Sequence[InstructionRecord], tokenizer: Any, template: str, max_length: int, truncation: str = "truncate") -> Iterator[TokenizedExample | Quarantined]:
     """One example or one quarantined row for each record, in order."""
-    control = sorted({*tokenizer.all_special_tokens, *(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)} - {""})
+    control = _control(tokenizer)
     for start in range(0, len(records), BATCH):
         part = records[start : start + BATCH]
         reasons = [_unusable(record, control) for record in part]
@@ -76,7 +76,13 @@ def tokenize(records: Sequence[InstructionRecord], tokenizer: Any, template: str
 
 
 def prompt_ids(record: InstructionRecord, tokenizer: Any, template: str) -> np.ndarray:
-    """What generation is given for a record's last turn: int32 ids, equal to `tokens[:response_start]` of the same record."""
+    """What generation is given for a record's last turn: int32 ids, equal to `tokens[:response_start]` of the same record.
+
+    Raises:
+        UserError: a control token stands in the text.
+    """
+    if reason := _control_in(record, _control(tokenizer)):
+        raise UserError(f"{record.source}: {reason}; leave it out")
     text = render(template, record, tokenizer).prompt
     return np.array(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
@@ -86,15 +92,26 @@ def decode(ids: Sequence[int] | np.ndarray, tokenizer: Any) -> str:
     return tokenizer.backend_tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).strip(" ")
 
 
+def end_of_response(tokenizer: Any, template: str) -> int:
+    """The token that ends a response in training."""
+    record = InstructionRecord("", (Turn("a", "a"),), Source("", 0))
+    return int(tokenizer.backend_tokenizer.encode(render(template, record, tokenizer).text, add_special_tokens=False).ids[-1])
+
+
+def _control(tokenizer: Any) -> list[str]:
+    return sorted({*tokenizer.all_special_tokens, *(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)} - {""})
+
+
 def _unusable(record: InstructionRecord, control: list[str]) -> str | None:
-    for turn in record.turns:
-        if not turn.response.strip():
-            return "empty response"
-        for text in (record.system, turn.instruction, turn.input, turn.response):
-            token = next((token for token in control if token in text), None)
-            if token is not None:
-                return f"the text contains the control token {token!r}"
-    return None
+    if any(not turn.response.strip() for turn in record.turns):
+        return "empty response"
+    return _control_in(record, control)
+
+
+def _control_in(record: InstructionRecord, control: list[str]) -> str | None:
+    texts = [record.system, *(text for turn in record.turns for text in (turn.instruction, turn.input, turn.response))]
+    token = next((token for text in texts for token in control if token in text), None)
+    return None if token is None else f"the text contains the control token {token!r}"
 
 
 def _example(rendered: Rendered, encoding: Any, tokenizer: Any, max_length: int, truncation: str) -> TokenizedExample | str:

@@ -1,6 +1,7 @@
 """The forgetting matrix: after each phase, how well every difficulty is known. Rows: "base", then each phase; columns: bins.
 
-Kept in `forgetting.json` in the run's folder, one entry a row, rewritten whole when a row is added.
+Kept in `forgetting.json` in the run's folder, one entry a row, rewritten whole when a row is added; where answers were asked for, they are in
+`held_out_answers.jsonl` beside it, one a line.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 
 from phased_ift_jax.files import write_whole
+
+ANSWERS = "held_out_answers.jsonl"
 
 
 def exact_match(answers: Sequence[tuple[str, str]]) -> float:
@@ -32,8 +35,9 @@ class ForgettingMatrix:
     def __contains__(self, after: object) -> bool:
         return any(row["after"] == after for row in self.rows)
 
-    def add(self, after: str, **measures: Mapping[str, float]) -> None:
-        """Add a row and save the matrix; a measure without values is left out."""
+    def add(self, after: str, answers: Sequence[Mapping[str, str]] = (), **measures: Mapping[str, float]) -> None:
+        """Add a row and save the matrix, and before it the answers that it counts; a measure without values is left out."""
+        self._keep(after, answers)
         self.rows.append({"after": after} | {name: dict(values) for name, values in measures.items() if values})
         self._save()
 
@@ -41,6 +45,15 @@ class ForgettingMatrix:
         """Remove a row, if it is there, and save the matrix: what it was measured on will be trained again."""
         self.rows = [row for row in self.rows if row["after"] != after]
         self._save()
+        self._keep(after, ())
+
+    def _keep(self, after: str, answers: Sequence[Mapping[str, str]]) -> None:
+        """Have these be the answers after it, and no others."""
+        path = self.path.with_name(ANSWERS)
+        before = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        lines = [line for line in before if json.loads(line)["after"] != after] + [json.dumps({"after": after} | dict(answer)) + "\n" for answer in answers]
+        if lines != before:
+            write_whole(path, "".join(lines))
 
     def _save(self) -> None:
         write_whole(self.path, json.dumps({"rows": self.rows}, indent=1) + "\n")

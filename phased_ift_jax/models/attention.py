@@ -136,12 +136,6 @@ def kernel(name: str, platform: str, head_dim: int, dtype: Any) -> Kernel:
     return functools.partial(attend_splash, interpret=platform != "tpu") if used == "splash" else IMPLEMENTATIONS[used]
 
 
-def cache_mask(positions_BT: jax.Array, slots: int, window: int | None) -> jax.Array:
-    """What queries at these positions may see of a cache whose slot s holds position s: bool (B, T, S)."""
-    distance_BTS = positions_BT[..., None] - jnp.arange(slots)
-    return (distance_BTS >= 0) & (distance_BTS < (window or slots))
-
-
 def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
     """Softmax attention with grouped heads, logits and softmax in at least float32. Returns (B, T, N, H) in q's dtype.
 
@@ -155,3 +149,13 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: ja
     logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, jnp.finfo(wide).min)
     weights_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKH.dtype)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(B, T, N, H)
+
+
+def attend_cache(q_BNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, seen_BS: jax.Array) -> jax.Array:
+    """The same for one query of each row over a cache, whose heads come before its slots: each is then one matrix, and none is turned around at every token."""
+    B, N, H = q_BNH.shape
+    K = k_BKSH.shape[1]
+    wide = jnp.promote_types(q_BNH.dtype, jnp.float32)
+    logits_BKGS = jnp.einsum("BKGH,BKSH->BKGS", q_BNH.reshape(B, K, N // K, H), k_BKSH, preferred_element_type=wide) * H**-0.5
+    weights_BKGS = jax.nn.softmax(jnp.where(seen_BS[:, None, None], logits_BKGS, jnp.finfo(wide).min), axis=-1).astype(v_BKSH.dtype)
+    return jnp.einsum("BKGS,BKSH->BKGH", weights_BKGS, v_BKSH).reshape(B, N, H)

@@ -1,13 +1,13 @@
 """The one decoder behind every family: RMSNorm, rotary grouped-query attention, SwiGLU, layers stacked and scanned.
 
 NNX modules live here and nowhere else. Outside, a model is a `DecoderConfig`, a pytree of parameters (nested dicts, dims as in
-`parameter_dims`) and pure functions: `init_params`, `hidden_states`, `logits`, and `cached_step` for generation.
+`parameter_dims`) and pure functions: `init_params`, `hidden_states`, `logits`, and `unrolled_states` for generation.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from phased_ift_jax.models.attention import Rope, attend, cache_mask, kernel, rotate, rotations
+from phased_ift_jax.models.attention import Rope, kernel, rotate, rotations
 from phased_ift_jax.sharding import constrain, gather, per_device
 
 Params = dict[str, Any]
@@ -66,13 +66,6 @@ class Compute:
         return "cpu" if self.mesh is None else str(self.mesh.devices.flat[0].platform)
 
 
-class Cache(NamedTuple):
-    """Keys and values of generation, each (L, B, S, K, H); slot s holds position s."""
-
-    k_LBSKH: jax.Array
-    v_LBSKH: jax.Array
-
-
 def parameter_dims(config: DecoderConfig) -> dict[str, Any]:
     """The dims of every parameter, in the legend's letters, as the tree that `init_params` makes."""
     layers = {
@@ -118,22 +111,16 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Projections around attention; with a cache slice, this call's keys and values are written to their slots first."""
+    """Projections around attention."""
 
     def __init__(self, params: Params) -> None:
         self.q, self.k, self.v, self.o = (nnx.Param(params[name]) for name in "qkvo")
 
-    def __call__(self, x_BTD: jax.Array, context: Context, cache: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         q_BTNH = rotate(jnp.einsum("BTD,NHD->BTNH", x_BTD, self.q[...]), context.rotation)
-        k_BSKH = rotate(jnp.einsum("BTD,KHD->BTKH", x_BTD, self.k[...]), context.rotation)
-        v_BSKH = jnp.einsum("BTD,KHD->BTKH", x_BTD, self.v[...])
-        if cache is not None:
-            rows = jnp.arange(x_BTD.shape[0])[:, None]
-            k_BSKH = cache[0].at[rows, context.positions_BT].set(k_BSKH)
-            v_BSKH = cache[1].at[rows, context.positions_BT].set(v_BSKH)
-            cache = (k_BSKH, v_BSKH)
-        y_BTNH = context.attend(q_BTNH, k_BSKH, v_BSKH)
-        return jnp.einsum("BTNH,NHD->BTD", y_BTNH, self.o[...]), cache
+        k_BTKH = rotate(jnp.einsum("BTD,KHD->BTKH", x_BTD, self.k[...]), context.rotation)
+        v_BTKH = jnp.einsum("BTD,KHD->BTKH", x_BTD, self.v[...])
+        return jnp.einsum("BTNH,NHD->BTD", context.attend(q_BTNH, k_BTKH, v_BTKH), self.o[...])
 
 
 class MLP(nnx.Module):
@@ -157,16 +144,14 @@ class Layer(nnx.Module):
         self.mlp_norm = RMSNorm(params["mlp_norm"], config.rms_norm_eps)
         self.mlp = MLP(params["mlp"])
 
-    def __call__(self, x_BTD: jax.Array, context: Context, cache: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        attended_BTD, cache = self.attention(self.attention_norm(x_BTD), context, cache)
-        x_BTD = x_BTD + attended_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+    def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), context)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
 class Context(NamedTuple):
-    """What all layers share in one call."""
+    """What a layer is given beside its input."""
 
-    positions_BT: jax.Array
     rotation: tuple[jax.Array, jax.Array]
     attend: Attend
 
@@ -181,32 +166,37 @@ POLICIES = {
 
 
 class Decoder(nnx.Module):
-    """Embedding, scanned layers and final norm; the head is `logits`, apart, so that a loss can apply it in chunks."""
+    """Embedding, layers and final norm; the head is `logits`, apart, so that a loss can apply it in chunks."""
 
     def __init__(self, config: DecoderConfig, params: Params, compute: Compute) -> None:
         self.config = config
         self.compute = compute
         self.dtype = jnp.dtype(compute.dtype or params["embed"].dtype)
         self.embed = nnx.Param(params["embed"])
-        self.layers = nnx.data(params["layers"])  # each with a leading L: a `Layer` is made of a slice of them
+        self.layers = nnx.data(params["layers"])  # each with a leading L, and a `Layer` is made of a slice of them; or a list of such slices
         self.norm = RMSNorm(params["norm"].astype(self.dtype), config.rms_norm_eps)
 
-    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, attend: Attend, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, attend: Attend | Sequence[Attend]) -> jax.Array:
+        """`attend` is that of all layers, which are then scanned, or has one for each layer of a list."""
         mesh, dtype = self.compute.mesh, self.dtype
         # the table stays split by width: each device looks up its part of every row, and only the rows change places
         embedded_RTD = constrain(jnp.take(self.embed[...], constrain(tokens_BT, "RT", mesh), axis=0).astype(dtype), "RTD", mesh)
-        context = Context(positions_BT, rotations(self.config.rope, self.config.head_dim, positions_BT, dtype), attend)
+        rotation = rotations(self.config.rope, self.config.head_dim, positions_BT, dtype)
         dims = jax.tree.map(lambda letters: letters.removeprefix("L"), parameter_dims(self.config)["layers"])
 
-        def body(x_BTD: jax.Array, slices: tuple[Params, Any]) -> tuple[jax.Array, Any]:
-            params = jax.tree.map(lambda weight, letters: gather(weight, letters, dtype, mesh), slices[0], dims)
-            x_BTD, cache = Layer(self.config, params)(x_BTD, context, slices[1])
-            return constrain(x_BTD, "BTD", mesh), cache
+        def body(x_BTD: jax.Array, layer: Params, attend: Attend) -> jax.Array:
+            params = jax.tree.map(lambda weight, letters: gather(weight, letters, dtype, mesh), layer, dims)
+            return constrain(Layer(self.config, params)(x_BTD, Context(rotation, attend)), "BTD", mesh)
 
+        x_BTD = constrain(embedded_RTD, "BTD", mesh)
+        if isinstance(attend, Sequence):
+            for layer, own in zip(self.layers, attend, strict=True):
+                x_BTD = body(x_BTD, layer, own)
+            return self.norm(x_BTD)
+        scanned: Callable[..., jax.Array] = functools.partial(body, attend=attend)
         if self.compute.gradient_checkpointing != "none" or dtype != self.embed[...].dtype or (mesh is not None and mesh.shape["fsdp"] > 1):
-            body = jax.checkpoint(body, policy=POLICIES[self.compute.gradient_checkpointing], prevent_cse=False)
-        x_BTD, slices = jax.lax.scan(body, constrain(embedded_RTD, "BTD", mesh), (self.layers, None if cache is None else tuple(cache)))
-        return self.norm(x_BTD), None if cache is None else Cache(*slices)
+            scanned = jax.checkpoint(scanned, policy=POLICIES[self.compute.gradient_checkpointing], prevent_cse=False)
+        return self.norm(jax.lax.scan(lambda x_BTD, layer: (scanned(x_BTD, layer), None), x_BTD, self.layers)[0])
 
 
 def hidden_states(
@@ -218,7 +208,32 @@ def hidden_states(
     def inside(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
         return per_device(attention, (q_BTNH, k_BTKH, v_BTKH, segments_BT), ("BTNH", "BTKH", "BTKH", "BT"), compute.mesh)
 
-    return Decoder(config, params, compute)(tokens_BT, positions_BT, inside, None)[0]
+    return Decoder(config, params, compute)(tokens_BT, positions_BT, inside)
+
+
+def unrolled(params: Params, give_up: bool = False) -> Params:
+    """The same parameters with a list of layers, for `unrolled_states`: each layer's buffers are its own, and none is cut out again at every token.
+
+    With `give_up` those given are freed one by one, so that the model is hardly ever held twice.
+    """
+
+    @jax.jit
+    def cut(weight: jax.Array) -> list[jax.Array]:
+        return list(weight)
+
+    def one(weight: jax.Array) -> list[jax.Array]:
+        layers = jax.block_until_ready(cut(weight))
+        if give_up:
+            weight.delete()
+        return layers
+
+    stacked, structure = jax.tree.flatten(params["layers"])
+    return params | {"layers": [jax.tree.unflatten(structure, layer) for layer in zip(*map(one, stacked), strict=True)]}
+
+
+def unrolled_states(config: DecoderConfig, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, attends: Sequence[Attend], compute: Compute) -> jax.Array:
+    """The final normed states (B, T, D), layer by layer, each with an attention of its own, which may know a cache; `params` as `unrolled` gives them."""
+    return Decoder(config, params, compute)(tokens_BT, positions_BT, attends)
 
 
 def unembedding(config: DecoderConfig, params: Params) -> tuple[jax.Array, str]:
@@ -230,18 +245,3 @@ def logits(config: DecoderConfig, params: Params, hidden_BTD: jax.Array) -> jax.
     """Logits (B, T, V), accumulated in at least float32."""
     head, dims = unembedding(config, params)
     return jnp.einsum(f"BTD,{dims}->BTV", hidden_BTD, head, preferred_element_type=jnp.promote_types(hidden_BTD.dtype, jnp.float32))
-
-
-def empty_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
-    """A cache of zeros for `batch` rows of at most `slots` tokens."""
-    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def cached_step(config: DecoderConfig, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    """States (B, T, D) of tokens at these positions, given what the cache holds of earlier ones; and the cache with them added."""
-    mask_BTS = cache_mask(positions_BT, cache.k_LBSKH.shape[2], config.sliding_window)
-    hidden_BTD, filled = Decoder(config, params, Compute())(tokens_BT, positions_BT, functools.partial(attend, mask_BTS=mask_BTS), cache)
-    assert filled is not None, "a call with a cache returns one"
-    return hidden_BTD, filled

@@ -65,6 +65,21 @@ class Folder:
         return str(self.attributes.get("dtype") or self.attributes.get("torch_dtype") or "float32")
 
     @property
+    def max_length(self) -> int:
+        """How many positions the model was made for."""
+        name = "max_position_embeddings"
+        return int(self.attributes.get(name) or FAMILIES[self.attributes["model_type"]].DEFAULTS[name])
+
+    @property
+    def end_tokens(self) -> set[int]:
+        """The ids at which generation stops, as generation_config.json, or else config.json, has them."""
+        try:
+            stated = json.loads((self.path / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError):
+            stated = self.attributes.get("eos_token_id")
+        return {one for one in (stated if isinstance(stated, list) else [stated]) if isinstance(one, int)}
+
+    @property
     def has_weights(self) -> bool:
         """Whether there are safetensors to read, rather than config and tokenizer alone, with which the hub's cache may hold an index."""
         try:

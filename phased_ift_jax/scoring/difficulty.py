@@ -49,14 +49,14 @@ class Prompt:
     user: str
 
 
-def load_prompt(path: str | Path | None = None) -> Prompt:
-    """Our prompt, or the one of a file: a system message, a line of `=====`, and the message with `{record}`; the first two may be missing.
+def load_prompt(path: str | Path | None = None, own: Path = OWN_FILE, version: str = PROMPT_VERSION) -> Prompt:
+    """Our prompt `own`, or the one of a file: a system message, a line of `=====`, and the message with `{record}`; the first two may be missing.
 
     Raises:
         UserError: the file cannot be read, or its placeholders are not `{record}` once, after the line, and perhaps `{numbers}`.
     """
     try:
-        text = Path(path or OWN_FILE).read_text(encoding="utf-8-sig")
+        text = Path(path or own).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError(f"--prompt_file: cannot read {str(path)!r}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
     parts = RULE.split(text)
@@ -69,7 +69,7 @@ def load_prompt(path: str | Path | None = None) -> Prompt:
         wanted = "once, in the message after =====" if len(parts) == 2 else "once"
         raise UserError(f"--prompt_file: {path} has {{record}} {text.count('{record}')} times; wanted: {wanted}")
     sha256 = hashlib.sha256(text.encode()).hexdigest()
-    return Prompt(PROMPT_VERSION if path is None else f"own-{sha256[:12]}", sha256, system.strip(), user.strip())
+    return Prompt(version if path is None else f"own-{sha256[:12]}", sha256, system.strip(), user.strip())
 
 
 PROMPT = load_prompt()
@@ -137,6 +137,11 @@ def quoted(record: InstructionRecord) -> str:
     """
     turns = [{"instruction": turn.instruction} | ({"input": turn.input} if turn.input else {}) | {"response": turn.response} for turn in record.turns]
     content = ({"system": record.system} if record.system else {}) | (turns[0] if len(turns) == 1 else {"conversation": turns})
+    return quoted_json(content)
+
+
+def quoted_json(content: Mapping[str, Any]) -> str:
+    """As one line of JSON without markup and without what cannot be seen; `json.loads` gives the content back."""
     return ESCAPED.sub(_escape, _as_json(content))
 
 
@@ -147,17 +152,17 @@ def _escape(found: re.Match[str]) -> str:
 
 def request_of(record: InstructionRecord, settings: Settings, sample: int = 0) -> Request:
     """The question about one record; `sample` 1, 2 ... asks it once more. Bodies of equal settings share what they have in common."""
-    messages, before, after, rest = _frame(settings)
+    messages, before, after, rest = frame(settings)
     return Request({"model": settings.model, "messages": [*messages, {"role": "user", "content": before + quoted(record) + after}]} | rest, sample)
 
 
 @lru_cache(maxsize=8)
-def _frame(settings: Settings) -> tuple[list[dict[str, str]], str, str, dict[str, Any]]:
-    """What is the same for all records: messages, the text before and after the record, and the other keys of a body."""
+def frame(settings: Settings, name: str = "difficulty", parts: tuple[str, str] = PARTS) -> tuple[list[dict[str, str]], str, str, dict[str, Any]]:
+    """What is the same for all records that are asked about by the two numbers `parts`: messages, the text before and after the record, and the other keys of a body."""
     system, user = (text.replace("{numbers}", NUMBERS[settings.expected_score]) for text in (settings.prompt.system, settings.prompt.user))
     rest: dict[str, Any] = {"max_completion_tokens": settings.max_completion_tokens or (4096 if settings.reasons else 64)}
     if settings.structured != "none":
-        rest["response_format"] = {"type": "json_object"} if settings.structured == "json_object" else _schema(settings.expected_score)
+        rest["response_format"] = {"type": "json_object"} if settings.structured == "json_object" else _schema(settings.expected_score, name, parts)
     if settings.reasoning_effort is not None:
         rest["reasoning_effort"] = settings.reasoning_effort
     if settings.temperature is not None and not settings.reasons:
@@ -168,10 +173,10 @@ def _frame(settings: Settings) -> tuple[list[dict[str, str]], str, str, dict[str
     return [{"role": "system", "content": system}] if system else [], before, after, rest
 
 
-def _schema(whole: bool) -> dict[str, Any]:
+def _schema(whole: bool, name: str, parts: tuple[str, str]) -> dict[str, Any]:
     number = {"type": "integer", "enum": list(range(LOWEST, HIGHEST + 1))} if whole else {"type": "number"}  # `minimum` is refused by many servers
-    schema = {"type": "object", "properties": dict.fromkeys(PARTS, number), "required": list(PARTS), "additionalProperties": False}
-    return {"type": "json_schema", "json_schema": {"name": "difficulty", "strict": True, "schema": schema}}
+    schema = {"type": "object", "properties": dict.fromkeys(parts, number), "required": list(parts), "additionalProperties": False}
+    return {"type": "json_schema", "json_schema": {"name": name, "strict": True, "schema": schema}}
 
 
 def requests_for(records: Iterable[InstructionRecord], settings: Settings, repeat_share: float = 0.0, seed: int = 0) -> Iterator[Request]:
@@ -209,12 +214,19 @@ def remedy(message: str) -> tuple[str, str] | None:
 # --- the reply -------------------------------------------------------------------------------------------------------------------
 
 _BLANK = r"[ \t\r\n]*"
-_INSTRUCTION, _RESPONSE = (rf"(?P<{part}>-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?)" for part in PARTS)
-_PAIRS = [rf'"{part}"{_BLANK}:{_BLANK}{number}' for part, number in zip(PARTS, (_INSTRUCTION, _RESPONSE), strict=True)]
-_OBJECTS = [rf"\{{{_BLANK}{one}{_BLANK},{_BLANK}{other}{_BLANK}\}}" for one, other in (_PAIRS, _PAIRS[::-1])]
-# the JSON object of the two, in either order, perhaps in a fence; or the instruction's number and the response's, alone on one line
-FORMS = [re.compile(rf"{_BLANK}(?P<fence>```(?:json)?{_BLANK})?{form}{_BLANK}(?(fence)```{_BLANK})") for form in _OBJECTS]
-FORMS.append(re.compile(rf"{_BLANK}{_INSTRUCTION}[ \t]+{_RESPONSE}{_BLANK}"))
+_NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?"
+
+
+def forms_of(parts: tuple[str, str]) -> list[re.Pattern[str]]:
+    """The JSON object of two numbers, in either order, perhaps in a fence; or the first and the second, alone on one line."""
+    first, second = (rf"(?P<{part}>{_NUMBER})" for part in parts)
+    pairs = [rf'"{part}"{_BLANK}:{_BLANK}{number}' for part, number in zip(parts, (first, second), strict=True)]
+    objects = [rf"\{{{_BLANK}{one}{_BLANK},{_BLANK}{other}{_BLANK}\}}" for one, other in (pairs, pairs[::-1])]
+    fenced = [rf"{_BLANK}(?P<fence>```(?:json)?{_BLANK})?{form}{_BLANK}(?(fence)```{_BLANK})" for form in objects]
+    return [re.compile(form) for form in (*fenced, rf"{_BLANK}{first}[ \t]+{second}{_BLANK}")]
+
+
+FORMS = forms_of(PARTS)
 LONGEST = 1000  # characters of a reply that may be two numbers
 LEAST_MASS = 0.8  # of the probability must lie on whole numbers from 1 to 5
 
@@ -230,17 +242,22 @@ def parser(settings: Settings) -> Callable[[Mapping[str, Any]], Reading]:
 
 def read_text(text: str) -> Reading:
     """The two numbers of a reply that is exactly one of `FORMS`."""
-    found = _match(text)
+    return read_pair(text, FORMS, PARTS, (LOWEST, HIGHEST))
+
+
+def read_pair(text: str, forms: list[re.Pattern[str]], parts: tuple[str, str], bounds: tuple[int, int]) -> Reading:
+    """Two numbers, in the order of `parts`, of a reply that is exactly one of these forms."""
+    found = _match(text, forms)
     if found is None:
         return Reading("unparseable", reason=f"not two numbers in the form that was asked for: {short(text)}")
-    value = float(found[PARTS[0]]), float(found[PARTS[1]])
-    if not all(LOWEST <= number <= HIGHEST for number in value):
-        return Reading("out_of_range", reason=f"{found[PARTS[0]][:12]} and {found[PARTS[1]][:12]}; wanted: numbers from {LOWEST} to {HIGHEST}")
+    value = float(found[parts[0]]), float(found[parts[1]])
+    if not all(bounds[0] <= number <= bounds[1] for number in value):
+        return Reading("out_of_range", reason=f"{found[parts[0]][:12]} and {found[parts[1]][:12]}; wanted: numbers from {bounds[0]} to {bounds[1]}")
     return Reading("ok", value)
 
 
-def _match(text: str) -> re.Match[str] | None:
-    return next((found for form in FORMS if (found := form.fullmatch(text))), None) if len(text) <= LONGEST else None
+def _match(text: str, forms: list[re.Pattern[str]]) -> re.Match[str] | None:
+    return next((found for form in forms if (found := form.fullmatch(text))), None) if len(text) <= LONGEST else None
 
 
 def _expected(tokens: list[Mapping[str, Any]], text: str) -> Reading:
@@ -253,7 +270,7 @@ def _expected(tokens: list[Mapping[str, Any]], text: str) -> Reading:
     written = read_text(text)
     if written.outcome != "ok":
         return written
-    found, starts = _match(text), [0, *accumulate(len(token["token"]) for token in tokens)]
+    found, starts = _match(text, FORMS), [0, *accumulate(len(token["token"]) for token in tokens)]
     assert found is not None
     if not "".join(token["token"] for token in tokens).startswith(text):  # an end-of-sequence token may follow
         return Reading("unparseable", reason="the reply's log-probabilities are missing, or do not spell it; for a model that gives none, leave --expected_score out")

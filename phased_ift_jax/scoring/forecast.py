@@ -70,11 +70,12 @@ def told(missing: Missing, sample: Sequence[Request], ledger: Ledger, seconds: f
         return lines[0]
     sizes, usages = [], []
     for request in sample:  # those that a smaller pilot has asked come first
-        ended = list(ledger.lines(request.key))
-        if not ended:
+        noted = list(ledger.lines(request.key))
+        if not noted:
             break
-        sizes.append(prompt_bound(request.body))
-        usages.append([usage for line in ended if line["reply"] and (usage := line["reply"].get("usage"))])  # none: turned away, which is free
+        if ledger.replies(request.key):  # what a filter has stopped cost nothing; what failed tells nothing
+            sizes.append(prompt_bound(request.body))
+            usages.append([usage for line in noted if (usage := (line["reply"] or {}).get("usage"))])
     if len(sizes) < max(min(LEAST, len(sample)), 2):
         return "\n".join(lines + _bounds(missing, sample))
     for name in ("prompt_tokens", "completion_tokens"):

@@ -31,6 +31,7 @@ NUMBER = rb"(null|[\d.e+-]+)"
 SENT = re.compile(rb'\{"sent": "([0-9a-f]{64})", "attempt": (\d+), "reserved_usd": ' + NUMBER + rb', "at": "([^"]+)", "via": "([^"]+)"\}')
 ANSWER = re.compile(rb'\{"key": "([0-9a-f]{64})", "attempt": (\d+), "usd": ' + NUMBER + rb', "final": (true|false), "error": (null|\{"code": "content_filter"|\{)')
 CHUNK = 1 << 11  # bytes, of which most lines have fewer
+DAMAGED = {"status": None, "at": "", "reply": None, "error": {"code": None, "type": None, "message": "its line in the ledger is damaged; without the line it is asked again"}}
 SECRET = 8  # a key shorter than this is a word like "none", and is no secret
 
 
@@ -108,7 +109,10 @@ class Ledger:
         raw = bytes.fromhex(key)
         last = self._last.get(raw)
         for offset in [*self._earlier.get(raw, ()), *([] if last is None else [last >> 1 if last >= 0 else -1 - last])]:
-            yield json.loads(self._line_at(offset))
+            try:
+                yield json.loads(self._line_at(offset))
+            except ValueError:  # a reply that was paid for: it is not for us to pay for another
+                yield DAMAGED
 
     def reading(self, key: str, parse: Parse) -> Reading | None:
         """The first of a request's replies that is ok, else what the last one is, else how it failed; None where no attempt has ended."""

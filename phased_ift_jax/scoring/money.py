@@ -98,7 +98,7 @@ class Budget:
     """Counts what is spent and what may yet be, in USD; both together never exceed `limit`. Without a price nothing is counted.
 
     Raises:
-        UserError: there is a limit, but no price, or the limit is no amount.
+        UserError: there is a limit, but no price, or one of them is no amount.
     """
 
     def __init__(self, limit: float | None, price: Price | None, spent: float = 0.0, reserved: Mapping[str, float | None] | None = None) -> None:
@@ -106,6 +106,8 @@ class Budget:
             raise UserError(f"--budget_usd: {limit} is no amount; give one in USD, such as 20")
         if limit is not None and price is None:
             raise UserError("--budget_usd: the price of this model is not known; give it with --price INPUT OUTPUT, in USD per million tokens")
+        if price is not None and not all(0 <= usd < math.inf for usd in price):
+            raise UserError(f"--price: {price.input} {price.output} are no prices; give USD per million tokens of input and of output")
         self.limit, self.price, self.spent, self.reserved = limit, price, spent, 0.0
         self._reserved: dict[str, float] = {}
         for key, usd in (reserved or {}).items():  # by an earlier start, of whose requests nobody knows yet what became of them

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from phased_ift_jax.records import UserError
-from phased_ift_jax.scoring.scored_file import beside
+from phased_ift_jax.scoring.outputs import beside
 
 LEVELS = (1.0, 1.5, 2.5, 3.5, 4.5, 5.0)  # of the page's table: half-open, but for the last
 SCORERS = {

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Literal
+
+from phased_ift_jax.records import UserError
 
 Outcome = Literal["ok", "refused", "filtered", "unparseable", "out_of_range", "failed"]
 CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
@@ -86,7 +90,11 @@ def one_line(value: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a server is spoken to."""
+    """How a server is spoken to.
+
+    Raises:
+        UserError: an address or a time that no request can be made with.
+    """
 
     api_key: str = field(repr=False)
     base_url: str | None = None
@@ -94,6 +102,17 @@ class Settings:
     timeout_seconds: float = 300.0
     settle_seconds: float = 30.0  # so long after it was sent, an attempt without a reply may still come up among the server's stored ones
     store: bool = True  # have the server keep its replies, so that one that got lost on the way is not paid for twice
+
+    def __post_init__(self) -> None:
+        if self.base_url is not None and not re.fullmatch(r"https?://[^/\s?#]+[^\s?#]*", self.base_url):
+            raise UserError(f"--base_url: '{self.place}' is no address of a server; one is http://127.0.0.1:8000/v1")
+        if not (0 < self.timeout_seconds < math.inf and 0 <= self.settle_seconds < math.inf):
+            raise UserError(f"--timeout_seconds and --settle_seconds: {self.timeout_seconds} and {self.settle_seconds} are no times to wait; give seconds")
+
+    @property
+    def place(self) -> str | None:
+        """The address without what it may hold of a password or key."""
+        return self.base_url and re.sub(r"(?<=//)[^/@]*@|[?#].*", "", self.base_url)
 
     def client_options(self) -> dict[str, Any]:
         """Arguments of `openai.OpenAI` and `openai.AsyncOpenAI`: what is repeated, and when, is ours to say."""

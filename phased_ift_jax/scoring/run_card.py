@@ -25,8 +25,8 @@ class Tally:
         for line in lines:
             self.first, self.last = min(self.first or line["at"], line["at"]), max(self.last, line["at"])
             if reply := line["reply"]:
-                self.models[str(reply.get("model"))] += 1
-                self.fingerprints[str(reply.get("system_fingerprint"))] += 1
+                self.models[str(reply.get("model") or "not told")] += 1
+                self.fingerprints[str(reply.get("system_fingerprint") or "not told")] += 1
                 usage = reply.get("usage") or {}
                 self.tokens["input"] += usage.get("prompt_tokens") or 0
                 self.tokens["input, cached"] += (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
@@ -42,7 +42,7 @@ class Tally:
             "tokens": dict(self.tokens),
             "usd": round(budget.spent, 6) if price else None,
             "price_usd_per_million_tokens": price and price._asdict() | {"of": PRICES_OF},
-            "base_url": server.base_url,
+            "base_url": server.place,
             "first_answer": self.first or None,
             "last_answer": self.last or None,
             "repeats": agreement.summary(firsts, seconds, thresholds) if self.repeats else None,

@@ -8,18 +8,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phased_ift_jax import __version__, pictures
 from phased_ift_jax.files import write_whole
-from phased_ift_jax.records import Quarantined, Source, UserError
+from phased_ift_jax.records import Quarantined, Source
+from phased_ift_jax.scoring.outputs import beside, line_of, write_card
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,31 +33,6 @@ class Unscored:
         return cls(row.id, row.source, "unusable", row.reason)
 
 
-def beside(out: Path, name: str) -> Path:
-    """A file beside `scored.jsonl`: of "card.json" `scored.card.json`, of "ledger.jsonl" `scored.ledger.jsonl`."""
-    return out.with_name(f"{out.stem}.{name}")
-
-
-def check(out: str, data: Iterable[str]) -> Path:
-    """Where to write, with its folder made.
-
-    Raises:
-        UserError: it is in a bucket, is no .jsonl file, is one of the files that are scored, or its folder cannot be made.
-    """
-    path = Path(out).expanduser()
-    if pictures.is_ours(out):
-        raise UserError(f"--out: '{out}' is in a bucket, where nothing can be appended; name a file on this machine")
-    if path.suffix != ".jsonl" or path.is_dir():
-        raise UserError(f"--out: '{out}' is no .jsonl file; name one, such as scored.jsonl")
-    if path.exists() and any(os.path.exists(name) and path.samefile(name) for name in data):
-        raise UserError(f"--out: '{out}' is the file that is scored; name another")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: cannot make the folder '{path.parent}': {error.strerror}") from None
-    return path
-
-
 def write(out: Path, rows: Iterable[Mapping[str, Any]], unscored: Iterable[Unscored], card: Mapping[str, Any] | Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     """Write the three files, each whole or not at all, the card last (a function is called when the others are written); returns the card with what is counted here added.
 
@@ -73,20 +45,18 @@ def write(out: Path, rows: Iterable[Mapping[str, Any]], unscored: Iterable[Unsco
         for row in rows:
             assert 1 <= row["difficulty"] <= 5, f"{row['id']}: a difficulty of {row['difficulty']}"
             total, count = total + row["difficulty"], count + 1
-            digest.update((line := _line(row)).encode())
+            digest.update((line := line_of(row)).encode())
             yield line
 
     def others() -> Iterator[str]:
         for record in unscored:
             outcomes[record.outcome] += 1
-            yield _line({"id": record.id, "file": record.source.path, "line": record.source.line, "outcome": record.outcome, "reason": record.reason})
+            yield line_of({"id": record.id, "file": record.source.path, "line": record.source.line, "outcome": record.outcome, "reason": record.reason})
 
     write_whole(out, lines())
     write_whole(beside(out, "unscored.jsonl"), others())
     counted = {"scored": count, "unscored": dict(outcomes), "mean_difficulty": total / count if count else None, "sha256": digest.hexdigest()}
-    whole = dict(card() if callable(card) else card) | counted | {"version": __version__, "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    write_whole(beside(out, "card.json"), json.dumps(whole, ensure_ascii=False, indent=2) + "\n")
-    return whole
+    return write_card(out, dict(card() if callable(card) else card) | counted)
 
 
 def told(out: Path, card: Mapping[str, Any]) -> str:
@@ -94,8 +64,3 @@ def told(out: Path, card: Mapping[str, Any]) -> str:
     without = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(card["unscored"].items()))
     mean = f", mean difficulty {card['mean_difficulty']:.3f}" if card["scored"] else ""
     return f"{card['scored']:,} records scored in '{out}'{mean}" + (f"; without a number: {without} ('{beside(out, 'unscored.jsonl').name}')" if without else "")
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    # some names of files are not Unicode; what stands for their bytes is written as JSON escapes it
-    return json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace").decode() + "\n"

@@ -139,7 +139,7 @@ def found(source: str, base: str | None = None) -> Iterator[Source]:
 
 
 def find(source: str, base: str | None = None) -> Source:
-    """What is to be exported: a folder made by `from_hf`, a run (its newest finished phase), or a checkpoint of a run.
+    """What is to be exported: a folder made by `from_hf`, a run (its newest finished phase), a phase's folder of checkpoints, or a checkpoint of a run.
 
     Raises:
         UserError: none of these, or a checkpoint by itself without a `base` to take names and tokenizer from.
@@ -151,6 +151,8 @@ def find(source: str, base: str | None = None) -> Source:
         return Source(path / CONVERTED, open_folder(base or source, weights=False), None)
     if any(name.endswith(".safetensors") for name in pictures.names(path)):
         raise UserError(f"'{source}' holds safetensors: it is a Hugging Face folder already")
+    if path.absolute().parent.name == "checkpoints":  # a phase's folder: its newest checkpoint
+        path = max((found for found in Checkpoints(path.absolute().parent, "", 1).committed() if found[1].parent.name == path.name), default=(None, path))[1]
     run, checkpoint = path.absolute().parent.parent.parent, path
     if (path / "checkpoints").is_dir():
         if lost := manifest.unreadable(path / "checkpoints"):

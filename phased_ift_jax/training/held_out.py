@@ -65,7 +65,7 @@ def _answers(run: Run, params: Params, rows: np.ndarray) -> list[Answer]:
     examples = [run.dataset.examples[row] for row in rows]
     computing = jax.tree.map(lambda p: p.astype(run.config.model.dtype), params)
     prompts = [example.tokens[: example.response_start] for example in examples]
-    generated = generation.greedy(run.plan.model, computing, prompts, run.config.evaluation.max_new_tokens, run.tokenizer.eos_token_id)
+    generated = generation.greedy(run.plan.model, computing, prompts, run.config.evaluation.max_new_tokens, run.tokenizer.eos_token_id, mesh=run.mesh)
     # a conversation cut at max_length is asked for the last response that is left of it
     turns = [run.dataset.records[row].turns[len(example.responses) - 1] for row, example in zip(rows, examples, strict=True)]
     return [

@@ -40,7 +40,7 @@ from phased_ift_jax.training.metrics import Books, Rate, check_reporters
 from phased_ift_jax.training.output import check_output
 from phased_ift_jax.training.plan import PhasePlan, attended_pairs
 from phased_ift_jax.training.step import BATCH_DIMS, Trainer, TrainState, trainer_of
-from phased_ift_jax.training.survey import Survey, survey
+from phased_ift_jax.training.survey import Survey, outline, survey
 
 
 class NonFinite(Failure):
@@ -191,7 +191,7 @@ def _set_out(run: Run, results: Results, store: Checkpoints, found: tuple[Positi
                 if (export := run.output / "hf" / phase.phase.folder).exists() and not mirror.withdraw(export):
                     print(f"what was exported from {phase.phase.folder} is now in '{set_aside(export, 'before')}'", flush=True)
     write_whole(run.output / "config.yaml", dump(run.config))
-    write_whole(run.output / "plan.json", json.dumps({"phases": [_outline(phase) for phase in run.plan.phases]}, indent=1) + "\n")
+    write_whole(run.output / "plan.json", json.dumps(outline(run), indent=1) + "\n")
     write_quarantine(run.dataset.quarantined, run.output / "quarantine.jsonl")
     if not found or any(not _is_done(phase, found[0]) or any(_what_is_missing(run, phase, results, run.output / "hf" / phase.phase.folder)) for phase in run.plan.phases):
         goodput.note(run.output, "start", since)
@@ -366,11 +366,6 @@ def _not_finite(run: Run, phase: PhasePlan, facts: dict[str, Any], numbers: dict
             + "; nothing of it was saved; in another output_dir or with --fresh, a lower learning rate, other rows or training.on_nonfinite skip would do"
         )
     return dict.fromkeys(wrong) | {"skipped": True, "ids": ids}
-
-
-def _outline(phase: PhasePlan) -> dict[str, Any]:
-    """A phase for plan.json, from which `status` tells how much is left."""
-    return {"name": phase.phase.name, "folder": phase.phase.folder, "index": phase.phase.index, "rows": len(phase.phase.rows), "steps": len(phase.steps)}
 
 
 def _facts(run: Run, phase: PhasePlan, step: int, before: int, batch: Any) -> dict[str, Any]:

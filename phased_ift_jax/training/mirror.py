@@ -23,7 +23,7 @@ from phased_ift_jax.records import Failure, UserError
 
 MANIFEST = "manifest.json"
 LEDGERS = "ledgers"
-SINCE = ("forgetting.json", "starts.jsonl")  # what was noted there since a checkpoint stays when it is gone on from
+SINCE = ("forgetting.json", "held_out_answers.jsonl", "starts.jsonl")  # what was noted there since a checkpoint stays when it is gone on from
 LEDGER_FILES = ("config.yaml", "plan.json", "metrics.jsonl", "trained_ids.jsonl", "seconds.jsonl", "quarantine.jsonl", "nonfinite.json", "wandb_run_id", *SINCE)
 SNAPSHOT = ".snapshot"
 NEWEST = "newest_checkpoint"

@@ -129,6 +129,18 @@ def facts(run: Survey) -> dict[str, Any]:
     }
 
 
+def outline(run: Survey) -> dict[str, Any]:
+    """A survey for plan.json: phases, from which `status` tells how much is left, and what a report compares arms by."""
+    return {
+        "phases": [
+            {"name": plan.phase.name, "folder": plan.phase.folder, "index": plan.phase.index, "rows": len(plan.phase.rows), "steps": len(plan.steps)} for plan in run.plan.phases
+        ],
+        "budget": run.plan.ledger(),
+        "bins": [asdict(count) for count in run.dataset.counts],
+        "difficulties": {str(tenth): rows for tenth, rows in run.dataset.difficulties.items()},
+    }
+
+
 def real_token_share(phase: PhasePlan) -> float:
     """Share of the positions of a phase's packed rows that are no padding."""
     steps = [phase.lengths[phase.steps[step]] for step in range(len(phase.steps))]
