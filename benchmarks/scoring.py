@@ -100,7 +100,7 @@ def restart(work: Path, count: int, new: int) -> dict[str, float]:
         for number in range(count):
             key = request(number).key
             ledger.sent(key, 1, live.VIA, 0.001)
-            ledger.answered(key, 1, live.VIA, usd=0.0001614, reply=reply, status=200, request_id=f"req_{number:032x}")
+            ledger.answered(key, 1, live.VIA, usd=0.0001614, reply=reply, final=True, status=200, request_id=f"req_{number:032x}")
     with fake_openai.process() as server:
         words = [sys.executable, "-m", "phased_ift_jax.score", str(data), "--out", str(out), "--model", QUESTION.model, "--base_url", server.url]
         began = time.perf_counter()

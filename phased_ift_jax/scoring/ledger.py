@@ -1,11 +1,11 @@
 """Every attempt and every raw reply, in an append-only JSONL file of one writer: what is in it is never paid for again.
 
     {"sent": key, "attempt", "reserved_usd", "at", "via"}                                         before a request leaves
-    {"key", "attempt", "usd", "error", "at", "via", "status", "request_id", "reply"}              what became of it
+    {"key", "attempt", "usd", "final", "error", "at", "via", "status", "request_id", "reply"}     what became of it
 
 `error` is null exactly where there is a `reply`; with the code "content_filter" it is an answer, too, and not asked for again. `usd` is what
 an attempt counts against the budget: the price of its reply, 0 where the server refused it, its worst case where nobody knows; null without
-a price. Lines of any other shape are notes of a mode's own.
+a price. `final` spares a start the parsing of a million replies: with it a question is never asked again. Lines of any other shape are notes of a mode's own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from phased_ift_jax.scoring.request import Parse, Reading, one_line
 
 NUMBER = rb"(null|[\d.e+-]+)"
 SENT = re.compile(rb'\{"sent": "([0-9a-f]{64})", "attempt": (\d+), "reserved_usd": ' + NUMBER + rb', "at": "([^"]+)", "via": "([^"]+)"\}')
-ANSWER = re.compile(rb'\{"key": "([0-9a-f]{64})", "attempt": (\d+), "usd": ' + NUMBER + rb', "error": (null|\{"code": "content_filter"|\{)')
+ANSWER = re.compile(rb'\{"key": "([0-9a-f]{64})", "attempt": (\d+), "usd": ' + NUMBER + rb', "final": (true|false), "error": (null|\{"code": "content_filter"|\{)')
 CHUNK = 1 << 11  # bytes, of which most lines have fewer
 DAMAGED = {"status": None, "at": "", "reply": None, "error": {"code": None, "type": None, "message": "its line in the ledger is damaged; without the line it is asked again"}}
 SECRET = 8  # a key shorter than this is a word like "none", and is no secret
@@ -63,7 +63,7 @@ class Ledger:
         self.notes: list[dict[str, Any]] = []  # lines that are neither attempts nor answers, in order
         self.spent_usd = 0.0  # of all answer lines; those without a price are counted in `unpriced`
         self.unpriced = self.answers = self.unreadable = 0
-        self._last: dict[bytes, int] = {}  # key -> offset of the newest reply; where there is none, -1 - offset of the newest error
+        self._last: dict[bytes, int] = {}  # key -> 2 * offset of the newest reply + whether it is final; where there is none, -1 - offset of the newest error
         self._earlier: dict[bytes, list[int]] = {}  # offsets of the replies before the newest, of the few keys that have more than one
         self._attempts: dict[bytes, int] = {}  # of keys with other than one attempt
         self._synced, self._thread = 0, ThreadPoolExecutor(1, "ledger")
@@ -99,12 +99,18 @@ class Ledger:
         raw = bytes.fromhex(key)
         return 0 if self._last.get(raw, -1) < 0 else 1 + len(self._earlier.get(raw, ()))
 
+    def final(self, key: str) -> bool:
+        """Whether the newest reply was final when it came: a request with one is never sent again."""
+        last = self._last.get(bytes.fromhex(key), -1)
+        return last >= 0 and last & 1 == 1
+
     def lines(self, key: str) -> Iterator[dict[str, Any]]:
         """Answer lines with a reply, in order; where there is none, the newest error's line, if there is that."""
         raw = bytes.fromhex(key)
-        for offset in [*self._earlier.get(raw, ()), *([self._last[raw]] if raw in self._last else [])]:
+        last = self._last.get(raw)
+        for offset in [*self._earlier.get(raw, ()), *([] if last is None else [last >> 1 if last >= 0 else -1 - last])]:
             try:
-                yield json.loads(self._line_at(offset if offset >= 0 else -1 - offset))
+                yield json.loads(self._line_at(offset))
             except ValueError:  # a reply that was paid for: it is not for us to pay for another
                 yield DAMAGED
 
@@ -129,15 +135,16 @@ class Ledger:
         usd: float | None,
         reply: Mapping[str, Any] | None = None,
         error: Mapping[str, Any] | None = None,
+        final: bool = False,
         status: int | None = None,
         request_id: str | None = None,
     ) -> None:
         """Note what became of an attempt: a raw reply, or else an error `{code, type, message}`."""
         assert (reply is None) != (error is None), "a reply or an error"
         told = {"code": None, "type": None, "message": None, **error} if error is not None else None
-        head = {"key": key, "attempt": attempt, "usd": usd, "error": told, "at": datetime.now(UTC).isoformat(timespec="milliseconds"), "via": via}
+        head = {"key": key, "attempt": attempt, "usd": usd, "final": final, "error": told, "at": datetime.now(UTC).isoformat(timespec="milliseconds"), "via": via}
         offset = self._append(head | {"status": status, "request_id": request_id, "reply": reply})
-        self._note_answer(bytes.fromhex(key), attempt, usd, told is None or told["code"] == "content_filter", offset)
+        self._note_answer(bytes.fromhex(key), attempt, usd, final, told is None or told["code"] == "content_filter", offset)
 
     def note(self, line: dict[str, Any]) -> None:
         """Append a line of a mode's own, which must have neither `sent` nor `key`; later starts find it in `notes`."""
@@ -197,8 +204,8 @@ class Ledger:
 
     def _index(self, line: bytes, offset: int) -> None:
         if match := ANSWER.match(line):
-            key, attempt, usd, error = match.groups()
-            self._note_answer(bytes.fromhex(key.decode()), int(attempt), None if usd == b"null" else float(usd), error != b"{", offset)
+            key, attempt, usd, final, error = match.groups()
+            self._note_answer(bytes.fromhex(key.decode()), int(attempt), None if usd == b"null" else float(usd), final == b"true", error != b"{", offset)
         elif match := SENT.match(line):
             key, attempt, usd, at, via = match.groups()
             self._note_sent(key.decode(), Sent(int(attempt), None if usd == b"null" else float(usd), at.decode(), via.decode()))
@@ -217,7 +224,7 @@ class Ledger:
         if sent.attempt > 1 or bytes.fromhex(key) not in self._last:
             self._attempts[bytes.fromhex(key)] = sent.attempt
 
-    def _note_answer(self, key: bytes, attempt: int, usd: float | None, replied: bool, offset: int) -> None:
+    def _note_answer(self, key: bytes, attempt: int, usd: float | None, final: bool, replied: bool, offset: int) -> None:
         sent = self.pending.get(key.hex())
         if sent and sent.attempt <= attempt:
             del self.pending[key.hex()]
@@ -226,9 +233,9 @@ class Ledger:
         self.spent_usd += usd or 0.0
         before = self._last.get(key, -1)
         if replied and before >= 0:
-            self._earlier.setdefault(key, []).append(before)
+            self._earlier.setdefault(key, []).append(before >> 1)
         if replied or before < 0:
-            self._last[key] = offset if replied else -1 - offset
+            self._last[key] = 2 * offset + final if replied else -1 - offset
         if attempt == 1:
             self._attempts.pop(key, None)
         else:

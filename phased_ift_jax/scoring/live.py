@@ -234,10 +234,12 @@ class _Asking:
         return dict(request.body) | ({"store": True, "metadata": {KEY: request.key, ATTEMPT: str(attempt)}} if self.settings.store else {})
 
     async def _note(self, key: str, attempt: int, reply: Mapping[str, Any], usd: float | None, status: int | None, request_id: str | None) -> Reading:
-        self.ledger.answered(key, attempt, VIA, usd=usd, reply=reply, status=status, request_id=request_id)
+        reading = self.parse(reply)
+        final = settled(reading.outcome, self.ledger.replies(key) + 1)
+        self.ledger.answered(key, attempt, VIA, usd=usd, reply=reply, final=final, status=status, request_id=request_id)
         await self.ledger.durable()
         self.budget.settle(key, usd)
-        return self.parse(reply)
+        return reading
 
     async def _note_refusal(self, key: str, attempt: int, error: Any) -> Reading:
         """An answer in words of HTTP, which is not billed; some concern all requests to come."""
@@ -309,8 +311,7 @@ class _Asking:
 
 def is_settled(ledger: Ledger, key: str, parse: Parse) -> bool:
     """Whether a request is never sent again."""
-    reading = ledger.reading(key, parse) if ledger.replies(key) else None
-    return reading is not None and settled(reading.outcome, ledger.replies(key))
+    return ledger.final(key) or (ledger.replies(key) > 0 and settled(cast(Reading, ledger.reading(key, parse)).outcome, ledger.replies(key)))
 
 
 def _completion(content: bytes) -> dict[str, Any] | None:
