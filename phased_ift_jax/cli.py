@@ -41,7 +41,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)  # type: ignore[arg-type, misc]
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}; --help lists what is known")
+        flag = next((word for word in message.split() if word.startswith("--")), "").partition("=")[0] if message.startswith("unrecognized") else ""
+        near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        raise UserError(f"{self.prog}: {message}; " + (f"did you mean {near[0]}?" if near else "--help lists what is known"))
 
 
 def parse_with_keys(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:

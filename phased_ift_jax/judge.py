@@ -75,14 +75,12 @@ class PairQuestions(paid.Questions):
     def write(self, start: paid.Paid) -> int:
         from phased_ift_jax.evaluation.judging import EQUAL, Orders, nothing
 
-        tally, counted = Tally(), set[str]()
+        tally = Tally()
 
         def read(request: Request) -> Reading:
             lines = list(start.ledger.lines(request.key))
             reading = read_lines(lines, self.parse)
-            if request.key not in counted:
-                tally.add(lines, reading)
-                counted.add(request.key)
+            tally.add(request.key, lines, reading)
             return reading or Reading("failed", reason="what became of it is not known yet")
 
         def orders(pair: Pair) -> Orders:

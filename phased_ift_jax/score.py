@@ -76,7 +76,7 @@ class RecordQuestions(paid.Questions):
                 for request in requests:
                     lines = list(start.ledger.lines(request.key))
                     reading = read_lines(lines, parse)
-                    tally.add(lines, reading)
+                    tally.add(request.key, lines, reading)
                     values.append(difficulty.columns(reading.value) if reading and reading.outcome == "ok" else None)
                     if request.sample == 0 and values[0] is None:
                         unscored.append(Unscored(record.id, record.source, *((reading.outcome, reading.reason) if reading else ("failed", "what became of it is not known yet"))))

@@ -361,7 +361,7 @@ def test_no_jax_and_no_openai_before_it_is_needed(tmp_path: Path) -> None:
         (["--references", "data.json"], "--references: of use to --judge exact only"),
         (["--judge", "exact"], "no prompt has a reference"),
         (["--judge", "exact", "--limit", "0"], "'0' is no number from 1 on"),
-        (["--modle", "x"], "--help lists"),
+        (["--modle", "x"], "did you mean --mode"),
     ],
 )
 def test_bad_input_is_one_line(more: list[str], says: str, tmp_path: Path, judged: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:

@@ -145,7 +145,7 @@ VERSIONS = {"difficulty-1": "165d2306e7cbc00f5afd057b32d79ace7bb298956b74707b673
 
 def test_another_prompt_is_another_version() -> None:
     """What was paid for under one version is not asked again under another text of the same name."""
-    assert VERSIONS[difficulty.PROMPT_VERSION] == difficulty.PROMPT_SHA256 == hashlib.sha256(difficulty.OWN_FILE.read_bytes()).hexdigest()
+    assert VERSIONS[difficulty.PROMPT_VERSION] == difficulty.PROMPT.sha256 == hashlib.sha256(difficulty.OWN_FILE.read_bytes()).hexdigest()
 
 
 def test_the_prompt_is_in_the_package() -> None:

@@ -200,6 +200,22 @@ def test_killed_at_any_moment_nothing_is_billed_twice_and_the_file_is_the_same(k
     assert same_files(tmp_path / "killed.jsonl", tmp_path / "whole.jsonl")
 
 
+def test_an_answer_that_takes_longer_than_it_takes_to_show_is_awaited_after_a_kill(tmp_path: Path, shared_data: Path) -> None:
+    data, out = some_data(tmp_path / "data.jsonl", shared_data, 6), tmp_path / "scored.jsonl"
+    with fake_openai.process(latency=3.0) as server:
+        argv = [*words(data, out, server.url), "--timeout_seconds", "8", "--settle_seconds", "0.5"]
+        verb = process(argv)
+        while server.counts()["arrivals"] < 2:
+            time.sleep(0.05)
+        verb.kill()
+        verb.wait()
+        assert pending(tmp_path / "scored.ledger.jsonl")
+        assert process(argv).wait(120) == 0
+        counts = server.counts()
+    assert (counts["billed"], counts["rebilled"]) == (6, 0)
+    assert len(lines(out)) == 6
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_awaits_what_is_paid_for_and_the_same_command_goes_on(number: signal.Signals, tmp_path: Path, shared_data: Path) -> None:
     data, out = some_data(tmp_path / "data.jsonl", shared_data, 150), tmp_path / "scored.jsonl"

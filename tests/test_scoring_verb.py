@@ -6,15 +6,19 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from scoring_rig import KEY, ROOT, fake_openai, lines, run, some_data, words
+from scoring_rig import KEY, ROOT, fake_openai, lines, process, run, same_files, some_data, words
 
 from phased_ift_jax.data import readers
 from phased_ift_jax.data.row_kinds import row_of
 from phased_ift_jax.records import ScoredRecord
-from phased_ift_jax.scoring.forecast import forecast
+from phased_ift_jax.scoring.forecast import Missing, forecast, told
+from phased_ift_jax.scoring.ledger import Ledger
+from phased_ift_jax.scoring.money import price_of
+from phased_ift_jax.scoring.request import Request
 
 AWAY = "http://127.0.0.1:9/v1"
 
@@ -54,7 +58,7 @@ def test_scoring_a_file_from_end_to_end_brings_no_jax(tmp_path: Path, shared_dat
         (["--prompt_file", "none.txt"], "--prompt_file: cannot read 'none.txt'"),
         (["--expected_score", "--reasoning_effort", "low"], "--expected_score"),
         (["--model", " "], "--model"),
-        (["--modle", "x"], "--help lists"),
+        (["--modle", "x"], "did you mean --mode"),
         ([], "no API key: set the environment variable OPENAI_API_KEY"),
         (["--api_key_env", "MY_KEY"], "no API key: set the environment variable MY_KEY"),
     ],
@@ -74,6 +78,91 @@ def test_a_key_that_is_none_is_not_told(key: str, tmp_path: Path, shared_data: P
     data = some_data(tmp_path / "data.jsonl", shared_data, 5)
     assert run(words(data, tmp_path / "scored.jsonl", AWAY), monkeypatch, key=key) == 2
     assert capsys.readouterr().err == "error: OPENAI_API_KEY: holds characters that no key has; was it copied whole, and alone?\n"
+
+
+def test_answers_that_would_all_be_cut_are_found_with_the_first(
+    tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = some_data(tmp_path / "data.jsonl", shared_data, 40)
+    with fake_openai.process(faults=1.0, kinds="length") as server:
+        assert run(words(data, tmp_path / "scored.jsonl", server.url), monkeypatch) == 2
+        assert server.counts()["billed"] <= 2
+    assert "cut at its limit of 64 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [
+        ("here/scored.jsonl", "lies among the files that are read"),
+        ("paid.ledger.jsonl", "named as what lies beside such a file; name it paid.jsonl"),
+        ("paid.unscored.jsonl", "name it paid.jsonl"),
+    ],
+)
+@pytest.mark.parametrize("place", ["here", "here/*.jsonl"])
+def test_no_file_is_written_over_or_read_as_data(
+    place: str, out: str, says: str, tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("here").mkdir()
+    some_data(tmp_path / "here" / "data.jsonl", shared_data, 5)
+    kept = Path("paid.ledger.jsonl")
+    kept.write_text("a reply that was paid for\n")
+    assert run([place, "--out", out, "--scorer", "length"], monkeypatch) == 2
+    assert says in capsys.readouterr().err
+    assert kept.read_text() == "a reply that was paid for\n"
+    assert [path.name for path in Path("here").iterdir()] == ["data.jsonl"]
+
+
+def test_a_key_in_place_of_its_variable_is_not_told(tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    data = some_data(tmp_path / "data.jsonl", shared_data, 5)
+    assert run([*words(data, tmp_path / "scored.jsonl", AWAY), "--api_key_env", "sk-secret"], monkeypatch, key=None) == 2
+    error = capsys.readouterr().err
+    assert "--api_key_env" in error
+    assert "secret" not in error
+
+
+@pytest.mark.parametrize("usage", [None, {"prompt_tokens": 100}])
+def test_a_forecast_needs_replies_that_tell_their_tokens(usage: object, tmp_path: Path) -> None:
+    asked = [Request({"model": "gpt-4o-mini", "messages": [{"role": "user", "content": str(number)}], "max_completion_tokens": 64}) for number in range(60)]
+    missing = Missing(price_of("gpt-4o-mini"), 1.0)
+    for request in asked:
+        missing.add(request, settled=False)
+    with Ledger(tmp_path / "x.ledger.jsonl") as ledger:
+        for request in asked[:40]:
+            ledger.answered(request.key, 1, "live", usd=0.1, reply={"choices": [], "usage": usage})
+        assert "from the sizes alone" in told(missing, asked[:40], ledger)
+
+
+def test_a_killed_start_in_batches_ends_as_one_that_was_not(tmp_path: Path, shared_data: Path) -> None:
+    """What its batch ends without is asked again by the start that fetches it."""
+    data = some_data(tmp_path / "data.jsonl", shared_data, 21)
+    for name, kill in (("whole", False), ("killed", True)):
+        with fake_openai.process(fates="expired:0.5", batch_seconds=3.0) as server:
+            argv = words(data, tmp_path / f"{name}.jsonl", server.url, "--mode", "batch")
+            verb = process(argv)
+            while kill and not server.counts()["batches"]:
+                time.sleep(0.05)
+            if kill:
+                time.sleep(0.5)  # and the ledger knows of it
+                verb.kill()
+                verb.wait()
+                verb = process(argv)
+            assert verb.wait(120) == 0
+            assert server.counts()["rebilled"] == 0
+    assert len(lines(tmp_path / "whole.jsonl")) == 21
+    assert same_files(tmp_path / "killed.jsonl", tmp_path / "whole.jsonl")
+
+
+def test_equal_records_count_once_in_the_card(tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = some_data(tmp_path / "one.jsonl", shared_data, 1).read_text()
+    data = tmp_path / "data.jsonl"
+    data.write_text(row * 5)
+    with fake_openai.process() as server:
+        assert run(words(data, tmp_path / "scored.jsonl", server.url), monkeypatch) == 0
+        counts = server.counts()
+    card = json.loads((tmp_path / "scored.card.json").read_text())
+    assert (card["questions"], card["scored"], counts["billed"]) == ({"ok": 1}, 5, 1)
+    assert card["tokens"]["input"] == counts["tokens"]["live input"]
 
 
 def test_no_model_and_no_usable_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -46,7 +47,7 @@ def draw(scores: Scores, thresholds: Sequence[float], names: Sequence[str], titl
     else:
         top.set_ylim(0, 1.35 * max(heights.max(), smooth.max()))
     top.set_ylabel(f"rows in {width:.2g} points of score{', log scale' if steep else ''}")
-    top.set_title(title, fontsize=11, loc="left")
+    top.set_title("\n".join(part for line in title.splitlines() for part in textwrap.wrap(line, 62)), fontsize=11, loc="left")
     top.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=9, frameon=False)
     for number, (name, size) in enumerate(zip(names, scores.bins(thresholds) / n, strict=True)):
         left, right = borders[number : number + 2]

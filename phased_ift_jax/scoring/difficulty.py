@@ -73,7 +73,6 @@ def load_prompt(path: str | Path | None = None, own: Path = OWN_FILE, version: s
 
 
 PROMPT = load_prompt()
-PROMPT_SHA256 = PROMPT.sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +159,8 @@ def request_of(record: InstructionRecord, settings: Settings, sample: int = 0) -
 def frame(settings: Settings, name: str = "difficulty", parts: tuple[str, str] = PARTS) -> tuple[list[dict[str, str]], str, str, dict[str, Any]]:
     """What is the same for all records that are asked about by the two numbers `parts`: messages, the text before and after the record, and the other keys of a body."""
     system, user = (text.replace("{numbers}", NUMBERS[settings.expected_score]) for text in (settings.prompt.system, settings.prompt.user))
-    rest: dict[str, Any] = {"max_completion_tokens": settings.max_completion_tokens or (4096 if settings.reasons else 64)}
+    reasons = settings.reasons or settings.temperature is settings.reasoning_effort is None  # most models that refuse a temperature do
+    rest: dict[str, Any] = {"max_completion_tokens": settings.max_completion_tokens or (4096 if reasons else 64)}
     if settings.structured != "none":
         rest["response_format"] = {"type": "json_object"} if settings.structured == "json_object" else _schema(settings.expected_score, name, parts)
     if settings.reasoning_effort is not None:
@@ -187,8 +187,6 @@ def requests_for(records: Iterable[InstructionRecord], settings: Settings, repea
     for record in records:
         request = request_of(record, settings)
         yield request
-        if not repeat_share:
-            continue
         if repeat_share and int.from_bytes(hashlib.sha256(f"{seed}:{request.key}".encode()).digest()[:8]) < repeat_share * 2**64:
             yield Request(request.body, 1)
 

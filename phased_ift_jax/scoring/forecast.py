@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from phased_ift_jax.scoring.ledger import Ledger
 from phased_ift_jax.scoring.money import Price, prompt_bound
@@ -73,9 +73,10 @@ def told(missing: Missing, sample: Sequence[Request], ledger: Ledger, seconds: f
         noted = list(ledger.lines(request.key))
         if not noted:
             break
-        if ledger.replies(request.key):  # what a filter has stopped cost nothing; what failed tells nothing
+        replied = [_usage(line["reply"]) for line in noted if line["reply"]]
+        if ledger.replies(request.key) and None not in replied:  # what a filter has stopped cost nothing; what failed tells nothing
             sizes.append(prompt_bound(request.body))
-            usages.append([usage for line in noted if (usage := (line["reply"] or {}).get("usage"))])
+            usages.append([usage for usage in replied if usage])
     if len(sizes) < max(min(LEAST, len(sample)), 2):
         return "\n".join(lines + _bounds(missing, sample))
     for name in ("prompt_tokens", "completion_tokens"):
@@ -87,6 +88,13 @@ def told(missing: Missing, sample: Sequence[Request], ledger: Ledger, seconds: f
     if seconds is not None:
         lines.append(f"{'time':<19}{timedelta(seconds=round(seconds * missing.count))!s:>15}  at this pace")
     return "\n".join([*lines, f"from {len(sizes):,} questions drawn at random and asked" + (f"; the ledger's cost is ${ledger.spent_usd:,.4f}" if missing.price else "")])
+
+
+def _usage(reply: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A reply's `usage`; None where the server does not say how many tokens there were."""
+    usage = reply.get("usage")
+    whole = isinstance(usage, dict) and all(isinstance(usage.get(name), int) for name in ("prompt_tokens", "completion_tokens"))
+    return usage if whole else None
 
 
 def _bounds(missing: Missing, sample: Sequence[Request]) -> list[str]:

@@ -96,7 +96,8 @@ class _Asking:
         async def settle(key: str) -> None:
             async with room:
                 sent = self.ledger.pending[key]
-                left = min(max(self.settings.settle_seconds - sent.age, 0.0), self.settings.settle_seconds)
+                longest = self.settings.timeout_seconds + self.settings.settle_seconds  # it may be at work on the answer still
+                left = min(max(longest - sent.age, 0.0), longest)
                 await self._settle_unknown(key, sent.attempt, sent.reserved_usd, left, "the process ended before its reply")
 
         await self._together(settle(key) for key, _ in pending)

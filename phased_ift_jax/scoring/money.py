@@ -53,9 +53,6 @@ class Price(NamedTuple):
         long = 2 if prompt + cached > LONG_PROMPT else 1
         return long * (prompt * self.input * self.written + cached * self.cached + output * self.output) / 1e6
 
-    def halved(self) -> Price:
-        return Price(self.input * BATCH, self.cached * BATCH, self.output * BATCH, self.written)
-
 
 PRICES_OF = "2026-08-01"  # the day of the table; a price of another day is given with --price
 PRICES = {

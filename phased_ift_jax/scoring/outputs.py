@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fnmatch
+import glob
 import json
 import os
 import time
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from phased_ift_jax import __version__, pictures
@@ -23,13 +25,19 @@ def check(out: str, data: Iterable[str], example: str = "scored.jsonl") -> Path:
     """Where to write, with its folder made.
 
     Raises:
-        UserError: it is in a bucket, is no .jsonl file, is one of the files that are read, or its folder cannot be made.
+        UserError: it is in a bucket, is no .jsonl file, is one of the files that are read or lies among them, or its folder cannot be made.
     """
     path = Path(out).expanduser()
     if pictures.is_ours(out):
         raise UserError(f"--out: '{out}' is in a bucket, where nothing can be appended; name a file on this machine")
     if path.suffix != ".jsonl" or path.is_dir():
         raise UserError(f"--out: '{out}' is no .jsonl file; name one, such as {example}")
+    if PurePath(path.stem).suffix in (".ledger", ".unscored", ".card"):
+        raise UserError(f"--out: '{out}' is named as what lies beside such a file; name it {PurePath(path.stem).stem}.jsonl")
+    for name in data:
+        inside = os.path.isdir(name) and os.path.samefile(name, path.parent if path.parent.is_dir() else ".") and path.parent.is_dir()
+        if inside or (glob.has_magic(name) and any(fnmatch.fnmatch(str(one), name) for one in (path, beside(path, "ledger.jsonl")))):
+            raise UserError(f"--out: '{out}' lies among the files that are read ('{name}'), and would be read with them; name another folder")
     if path.exists() and any(os.path.exists(name) and path.samefile(name) for name in data):
         raise UserError(f"--out: '{out}' is one of the files that are read; name another")
     try:

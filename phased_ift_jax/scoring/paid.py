@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import re
 import signal
 import sys
 import time
@@ -24,7 +25,7 @@ from phased_ift_jax.scoring.forecast import Missing, drawn
 from phased_ift_jax.scoring.ledger import Ledger
 from phased_ift_jax.scoring.outputs import beside
 from phased_ift_jax.scoring.progress import Progress
-from phased_ift_jax.scoring.request import Parse, Reading, Request, Settings, Summary
+from phased_ift_jax.scoring.request import CUT, Parse, Reading, Request, Settings, Summary
 
 PILOT = 200
 S = TypeVar("S", bound=difficulty.Settings)
@@ -74,7 +75,7 @@ def add_flags(parser: argparse.ArgumentParser, when: str) -> Callable[..., Any]:
     add("--structured", choices=["auto", "json_schema", "json_object", "none"], default="auto", help="how the reply's form is asked for; auto: as the server can")
     add("--temperature", type=_number_or_none, default=0.0, metavar="T", help="or none, to send no temperature [0]")
     add("--reasoning_effort", metavar="EFFORT", help="for models that reason: none, minimal, low ... [not sent]")
-    add("--max_completion_tokens", type=count, metavar="N", help="limit of an answer, reasoning included [64; 4096 with reasoning]")
+    add("--max_completion_tokens", type=count, metavar="N", help="limit of an answer, reasoning included [64; 4096 with reasoning, or where no temperature is sent]")
     add("--concurrency", type=count, default=32, metavar="N", help="requests under way at a time [32]")
     add("--timeout_seconds", type=float, default=300.0, metavar="S", help="how long a reply may take [300]")
     add("--settle_seconds", type=float, default=30.0, metavar="S", help="how long the server may take to list a reply that did not come through [30]")
@@ -100,6 +101,8 @@ def run(args: argparse.Namespace, out: Path, questions: Questions) -> int:
     Raises:
         UserError, Failure: as `live.ask` and `ask_in_batches`; or the budget or a flag makes no sense.
     """
+    if not re.fullmatch(r"[A-Za-z_]\w*", args.api_key_env):
+        raise UserError("--api_key_env: that is no name of an environment variable; give the name, not the key")
     key = os.environ.get(args.api_key_env, "").strip()
     server = Settings(key, args.base_url, args.concurrency, args.timeout_seconds, args.settle_seconds, not args.no_store)
     price = money.Price(args.price[0], *args.price) if args.price else money.price_of(args.model)
@@ -148,7 +151,9 @@ class Paid:
         if missing.count or self.ledger.pending:
             told = f", ${missing.worst:,.2f} at most" if self.price else ""
             print(f"{missing.questions:,} questions, {missing.count:,} of them to be asked{told}", file=sys.stderr)
-            self.ask(missing.kept if len(missing.kept) == missing.count else questions, missing.count, questions.parse, self.args.mode)
+            # what a batch under way ends without is asked again in this start, so that it must know all questions
+            known = len(missing.kept) == missing.count and not self.ledger.pending
+            self.ask(missing.kept if known else questions, missing.count, questions.parse, self.args.mode)
         return questions.write(self)
 
     def budget(self) -> money.Budget:
@@ -186,6 +191,9 @@ class Paid:
             if not (refusal(reading) or live.is_settled(self.ledger, first.key, questions.parse) or first.key in self.ledger.pending):
                 self.ask([first], 1, questions.parse)
                 reading = self.ledger.reading(first.key, questions.parse)
+            if reading and reading.outcome == "unparseable" and reading.reason.startswith(CUT):
+                would_do = "--max_completion_tokens 4096, or --reasoning_effort none where the model has it"
+                raise UserError(f"the first answer was cut at its limit of {first.body['max_completion_tokens']} tokens, as all would be; what would do: {would_do}")
             if not (remedy := refusal(reading)):
                 return questions
         raise UserError(f"the server refuses the question: {remedy}")

@@ -19,6 +19,7 @@ CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 LONG = 2000
 KEY, ATTEMPT = "phased_ift_key", "phased_ift_attempt"  # metadata of a request, by which the server is asked what became of it
 REPLIES = {"unparseable": 2, "out_of_range": 2}  # so many replies are paid for at most, in all starts together; of any other outcome one
+CUT = "cut at its limit of tokens"  # how the reason of such a reply begins
 FAILURES = 8  # so many attempts without a reply, in one start, and a request has failed; another start tries again
 
 
@@ -71,9 +72,9 @@ def read_reply(reply: Mapping[str, Any], parse_text: Callable[[str], Reading]) -
             return Reading("refused", reason=one_line(message["refusal"]))
         text = message.get("content")
         if not isinstance(text, str) or not text.strip():
-            return Reading("unparseable", reason="empty" + (" (all tokens were spent before the answer)" if end == "length" else ""))
+            return Reading("unparseable", reason=f"{CUT}, before the answer" if end == "length" else "empty")
         if end == "length":
-            return Reading("unparseable", reason=f"cut at the limit of tokens: {one_line(text)}")
+            return Reading("unparseable", reason=f"{CUT}: {one_line(text)}")
         return parse_text(text)
     except Exception as error:  # a reply is whatever a server sent
         return Reading("unparseable", reason=f"no chat completion: {type(error).__name__}: {one_line(error)}")

@@ -17,10 +17,14 @@ class Tally:
     def __init__(self) -> None:
         self.outcomes, self.models, self.fingerprints, self.tokens = (Counter[str]() for _ in range(4))
         self.first = self.last = ""
+        self._counted = set[str]()
         self.repeats: list[tuple[float, float]] = []  # a score, and the one that the same question got when it was asked again
 
-    def add(self, lines: Iterable[Mapping[str, Any]], reading: Reading | None) -> None:
-        """The answer lines of one question, and what they come to."""
+    def add(self, key: str, lines: Iterable[Mapping[str, Any]], reading: Reading | None) -> None:
+        """The answer lines of one question, and what they come to; one that stands for several records counts once."""
+        if key in self._counted:
+            return
+        self._counted.add(key)
         self.outcomes[reading.outcome if reading else "not asked"] += 1
         for line in lines:
             self.first, self.last = min(self.first or line["at"], line["at"]), max(self.last, line["at"])
