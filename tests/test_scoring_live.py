@@ -173,7 +173,7 @@ def test_killed_at_any_moment_nothing_is_billed_twice_and_the_file_is_the_same(k
     chance = random.Random(kills)
 
     def argv(server: Any, name: str, concurrency: int) -> list[str]:
-        return words(data, tmp_path / name, server.url, "--concurrency", str(concurrency), "--budget_usd", "50")
+        return words(data, tmp_path / name, server.url, "--concurrency", str(concurrency), "--budget_usd", "50", "--settle_seconds", "2")
 
     with fake_openai.process(**options) as server:
         assert process(argv(server, "whole.jsonl", 32)).wait(600) == 0
