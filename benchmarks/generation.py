@@ -55,12 +55,12 @@ def ours(folder: Path, prompts: list[np.ndarray], batch_size: int) -> Callable[[
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
     with answers.opened(str(folder)) as model:
         params = unrolled(model.load("float32", mesh), give_up=True)
-    generator = Generator(model.folder.config, (), mesh=mesh)
+    generator = Generator(model.folder.config, (), mesh=mesh, batch_size=batch_size)
 
     def generate() -> list[list[int]]:
-        found = {}
-        for batch in in_batches([len(ids) for ids in prompts], batch_size):
-            found |= dict(zip(batch, generator.respond(params, [Prompt(prompts[at], NEW) for at in batch]), strict=True))
+        batches, found = in_batches([len(ids) for ids in prompts], batch_size), {}
+        for batch, responses in zip(batches, generator.in_turn(params, [[Prompt(prompts[at], NEW) for at in batch] for batch in batches]), strict=True):
+            found |= dict(zip(batch, responses, strict=True))
         return [found[at].ids.tolist() for at in range(len(prompts))]
 
     return generate
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=("stories260k", "llama15m"), default=["stories260k", "llama15m"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=100)
-    parser.add_argument("--our_batch_sizes", type=int, nargs="+", default=[34, 50, 100])
+    parser.add_argument("--our_batch_sizes", type=int, nargs="+", default=[12, 16, 32, 64])
     parser.add_argument("--their_batch_sizes", type=int, nargs="+", default=[8, 16, 25, 50, 100])
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()

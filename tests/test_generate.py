@@ -54,7 +54,7 @@ def respond(
     mesh = mesh or mesh_of()
     with answers.opened(str(path)) as model:
         params = unrolled(model.load("float32", mesh))
-    generator, found = Generator(model.folder.config, eos, decoding, mesh), {}
+    generator, found = Generator(model.folder.config, eos, decoding, mesh, batch_size), {}
     for batch in in_batches([len(prompt.ids) for prompt in prompts], batch_size):
         found |= dict(zip(batch, generator.respond(params, [prompts[at] for at in batch]), strict=True))
     return [found[at].ids.tolist() for at in range(len(prompts))]

@@ -151,11 +151,11 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: ja
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(B, T, N, H)
 
 
-def attend_cache(q_BNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, seen_BS: jax.Array) -> jax.Array:
-    """The same for one query of each row over a cache, whose heads come before its slots: each is then one matrix, and none is turned around at every token."""
+def attend_cache(q_BNH: jax.Array, k_BKHS: jax.Array, v_BKHS: jax.Array, seen_BS: jax.Array) -> jax.Array:
+    """The same for one query of each row over a cache whose slots come last: a matmul, and a CPU's vectors, go along them."""
     B, N, H = q_BNH.shape
-    K = k_BKSH.shape[1]
+    K = k_BKHS.shape[1]
     wide = jnp.promote_types(q_BNH.dtype, jnp.float32)
-    logits_BKGS = jnp.einsum("BKGH,BKSH->BKGS", q_BNH.reshape(B, K, N // K, H), k_BKSH, preferred_element_type=wide) * H**-0.5
-    weights_BKGS = jax.nn.softmax(jnp.where(seen_BS[:, None, None], logits_BKGS, jnp.finfo(wide).min), axis=-1).astype(v_BKSH.dtype)
-    return jnp.einsum("BKGS,BKSH->BKGH", weights_BKGS, v_BKSH).reshape(B, N, H)
+    logits_BKGS = jnp.einsum("BKGH,BKHS->BKGS", q_BNH.reshape(B, K, N // K, H), k_BKHS, preferred_element_type=wide) * H**-0.5
+    weights_BKGS = jax.nn.softmax(jnp.where(seen_BS[:, None, None], logits_BKGS, jnp.finfo(wide).min), axis=-1).astype(v_BKHS.dtype)
+    return jnp.einsum("BKGS,BKHS->BKGH", weights_BKGS, v_BKHS).reshape(B, N, H)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -61,15 +63,23 @@ class Generator:
     eos: tuple[int, ...]
     decoding: Decoding = Decoding()
     mesh: Mesh | None = None
+    batch_size: int = 32
 
     @property
     def compute(self) -> Compute:
         return Compute(mesh=self.mesh)
 
+    def in_turn(self, params: Params, batches: Sequence[Sequence[Prompt]], tick: Tick = lambda tokens, ended: None) -> Iterator[list[Response]]:
+        """What `respond` makes of batch after batch; on a CPU as many at a time as it has cores, among which one token's small matmuls are hardly shared."""
+        if self.compute.platform != "cpu" or (self.mesh is not None and self.mesh.size > 1):
+            yield from (self.respond(params, batch, tick) for batch in batches)
+            return
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            yield from pool.map(lambda batch: self.respond(params, batch, tick), batches)
+
     def respond(self, params: Params, prompts: Sequence[Prompt], tick: Tick = lambda tokens, ended: None) -> list[Response]:
         """The responses to one batch of prompts, in order; `params` as `unrolled` gives them. Every prompt has a token, and room for one more."""
-        unit = 1 if self.mesh is None else batch_rows(self.mesh.shape)
-        B, T = -(-len(prompts) // unit) * unit, _size(max(len(prompt.ids) for prompt in prompts))
+        B, T = self._rows(len(prompts)), _length(max(len(prompt.ids) for prompt in prompts))
         window = self.config.sliding_window or np.inf
         tokens_BT, length_B, last_B, key_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32), np.zeros(B, np.int32), np.zeros(B, np.uint32)
         for row, prompt in enumerate(prompts):
@@ -93,15 +103,19 @@ class Generator:
                 return [Response(np.array(ids, np.int32), ended) for ids, ended in zip(written, ended_by_eos, strict=True)]
             steps = min(STRIDE, max(prompts[rows[at]].most - len(written[rows[at]]) for at in np.flatnonzero(going)))
             slots, kept = int(min(_size(column + steps), window)), np.arange(len(rows))
-            half = -(-len(rows) // 2 // unit) * unit
-            if going.sum() <= half < len(rows):
-                kept = np.argsort(~going, kind="stable")[:half]
-            if len(kept) < len(rows) or slots > state.cache[0][0].shape[2]:
+            if 2 * (fewer := self._rows(int(going.sum()))) <= len(rows):
+                kept = np.argsort(~going, kind="stable")[:fewer]
+            if len(kept) < len(rows) or slots > state.cache[0][0].shape[3]:
                 state = _fitted(self, slots, state, kept)
                 rows, going = [rows[at] for at in kept], going[kept]
             state, told = _decode(self, params, state, column, steps)
             told = (told[0][:steps], told[1])
             column += steps
+
+    def _rows(self, needed: int) -> int:
+        """How many rows a batch of so many has: each device that shares them has 1, 2, 3, 4, 6, 8, 12, ..., or its share of a full batch."""
+        unit = 1 if self.mesh is None else batch_rows(self.mesh.shape)
+        return unit * min(_size(-(-needed // unit), 1), max(-(-needed // unit), -(-self.batch_size // unit)))
 
     def _put(self, array: np.ndarray, dims: str) -> jax.Array:
         return jnp.asarray(array) if self.mesh is None else put(array, dims, self.mesh)
@@ -110,7 +124,7 @@ class Generator:
 class State(NamedTuple):
     """Where a batch is. The last token of each row is not in the cache yet; its slot is the next one."""
 
-    cache: tuple[tuple[jax.Array, jax.Array], ...]  # of each layer keys and values, (B, K, S, H); column c is in slot c mod S
+    cache: tuple[tuple[jax.Array, jax.Array], ...]  # of each layer keys and values, (B, K, H, S); column c is in slot c mod S
     token_B: jax.Array
     position_B: jax.Array  # of that token in its row
     last_B: jax.Array  # the position behind which a row may not go
@@ -118,26 +132,38 @@ class State(NamedTuple):
     ended_B: jax.Array
 
 
-def _size(needed: int) -> int:
-    """The least of 32, 48, 64, 96, 128, ... that is enough: few sizes, and at most a third too many."""
-    power = 1 << max(5, (needed - 1).bit_length())
-    return power * 3 // 4 if needed <= power * 3 // 4 and power > 32 else power
+def _size(needed: int, least: int = 32) -> int:
+    """The least power of two, or three quarters of one, that is enough: few sizes, and at most half too much."""
+    power = 1 << max(least.bit_length() - 1, (needed - 1).bit_length())
+    return power * 3 // 4 if needed <= power * 3 // 4 and power > 2 * least - 1 else power
+
+
+def _length(needed: int) -> int:
+    """The same by quarters, for prompts, whose padding is multiplied by all of the model."""
+    quarter = max(32, 1 << max(0, (needed - 1).bit_length() - 3))
+    return -(-needed // quarter) * quarter
 
 
 def in_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Positions of prompts in batches of similar lengths and equal size, the longest first, which show at once whether memory is enough."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return [part.tolist() for part in np.array_split(np.array(order, int), -(-len(order) // batch_size))] if order else []
+    """Positions of prompts in batches, the longest first, which show at once whether memory is enough; none is padded to twice its length (or 64 tokens)."""
+    batches: list[list[int]] = []
+    for at in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and len(batches[-1]) < batch_size and 2 * max(lengths[at], 32) > lengths[batches[-1][0]]:
+            batches[-1].append(at)
+        else:
+            batches.append([at])
+    return batches
 
 
 def greedy(
     config: DecoderConfig, params: Params, prompts: Sequence[np.ndarray], max_new_tokens: int, eos_token_id: int, batch_size: int = 128, mesh: Mesh | None = None
 ) -> list[np.ndarray]:
     """The most likely continuation of each prompt (1-D int32 ids), in order, without its end-of-sequence token."""
-    generator, params = Generator(config, (eos_token_id,), mesh=mesh), unrolled(params)
+    generator, params = Generator(config, (eos_token_id,), mesh=mesh, batch_size=batch_size), unrolled(params)
     answers: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
-    for batch in in_batches([len(prompt) for prompt in prompts], batch_size):
-        for at, response in zip(batch, generator.respond(params, [Prompt(prompts[at], max_new_tokens) for at in batch]), strict=True):
+    batches = in_batches([len(prompt) for prompt in prompts], batch_size)
+    for batch, responses in zip(batches, generator.in_turn(params, [[Prompt(prompts[at], max_new_tokens) for at in batch] for batch in batches]), strict=True):
+        for at, response in zip(batch, responses, strict=True):
             answers[at] = response.ids
     return answers
 
@@ -194,8 +220,8 @@ def _prefill(generator: Generator, slots: int, params: Params, tokens_BT: jax.Ar
     cache: list[tuple[jax.Array, ...]] = []
 
     def inside(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
-        ring = (jnp.roll(x_BTKH[:, T - slots :], T % slots, axis=1).swapaxes(1, 2) for x_BTKH in (k_BTKH, v_BTKH))
-        cache.append(tuple(constrain(x_BKSH, "BKSH", compute.mesh) for x_BKSH in ring))
+        ring = (jnp.moveaxis(jnp.roll(x_BTKH[:, T - slots :], T % slots, axis=1), 1, 3) for x_BTKH in (k_BTKH, v_BTKH))
+        cache.append(tuple(constrain(x_BKHS, "BKHS", compute.mesh) for x_BKHS in ring))
         return per_device(attention, (q_BTNH, k_BTKH, v_BTKH, segments_BT), ("BTNH", "BTKH", "BTKH", "BT"), compute.mesh)
 
     hidden_BTD = unrolled_states(config, params, tokens_BT, jnp.maximum(positions_BT, 0), [inside] * config.num_layers, compute)
@@ -208,9 +234,9 @@ def _prefill(generator: Generator, slots: int, params: Params, tokens_BT: jax.Ar
 def _fitted(generator: Generator, slots: int, state: State, kept: jax.Array) -> State:
     """The state of these rows alone, with a ring of at least so many slots; one that has gone round is as long as it will be."""
 
-    def fit(x_BKSH: jax.Array) -> jax.Array:
-        grown = jnp.pad(x_BKSH[kept], ((0, 0), (0, 0), (0, max(0, slots - x_BKSH.shape[2])), (0, 0)))
-        return constrain(grown, "BKSH", generator.mesh)
+    def fit(x_BKHS: jax.Array) -> jax.Array:
+        grown = jnp.pad(x_BKHS[kept], ((0, 0), (0, 0), (0, 0), (0, max(0, slots - x_BKHS.shape[3]))))
+        return constrain(grown, "BKHS", generator.mesh)
 
     cache = tuple((fit(k), fit(v)) for k, v in state.cache)
     return State(cache, *(constrain(x_B[kept], "B", generator.mesh) for x_B in state[1:]))
@@ -219,7 +245,7 @@ def _fitted(generator: Generator, slots: int, state: State, kept: jax.Array) -> 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _decode(generator: Generator, params: Params, state: State, column: jax.Array, steps: jax.Array) -> tuple[State, Any]:
     """At most so many further tokens of each row, written from this column on; (STRIDE, B) of them, zeros where all rows had ended before."""
-    config, S = generator.config, state.cache[0][0].shape[2]
+    config, S = generator.config, state.cache[0][0].shape[3]
 
     def step(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
         done, state, tokens_TB = carry
@@ -230,7 +256,7 @@ def _decode(generator: Generator, params: Params, state: State, column: jax.Arra
         cache: list[Any] = []
 
         def over(old: tuple[jax.Array, jax.Array], q_B1NH: jax.Array, *new_B1KH: jax.Array) -> jax.Array:
-            cache.append(tuple(jax.lax.dynamic_update_slice_in_dim(x, new.swapaxes(1, 2), here, axis=2) for x, new in zip(old, new_B1KH, strict=True)))
+            cache.append(tuple(jax.lax.dynamic_update_slice_in_dim(x, jnp.moveaxis(new, 1, 3), here, axis=3) for x, new in zip(old, new_B1KH, strict=True)))
             return attend_cache(q_B1NH[:, 0], cache[-1][0], cache[-1][1], seen_BS)[:, None]
 
         attends = [functools.partial(over, old) for old in state.cache]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -147,13 +147,16 @@ def answer(model: Model, prompts: Sequence[Prompt], settings: Settings, mesh: Me
         params = unrolled(model.load(dtype, mesh), give_up=True)
         ends = model.folder.end_tokens | {tokenizer.eos_token_id, end_of_response(tokenizer, template)}
         decoding = generation.Decoding(settings.temperature, settings.top_k, settings.top_p)
-        generator = generation.Generator(model.folder.config, tuple(sorted(ends)), decoding, mesh)
-        for batch in left:
-            keys = [generation.sample_key(settings.seed, prompts[at].name) for at in batch]
-            given = [generation.Prompt(ids[at], min(settings.max_new_tokens, most - len(ids[at])), key) for at, key in zip(batch, keys, strict=True)]
-            for at, response in zip(batch, generator.respond(params, given, tick), strict=True):
-                lines[at] = line(at, decode(response.ids, tokenizer), "eos" if response.ended else "length", len(response.ids))
-            book.add([lines[at] for at in batch])
+        generator = generation.Generator(model.folder.config, tuple(sorted(ends)), decoding, mesh, batch_size)
+
+        def given(at: int) -> generation.Prompt:
+            return generation.Prompt(ids[at], min(settings.max_new_tokens, most - len(ids[at])), generation.sample_key(settings.seed, prompts[at].name))
+
+        with closing(generator.in_turn(params, [[given(at) for at in batch] for batch in left], tick)) as answered:
+            for batch, responses in zip(left, answered, strict=True):
+                for at, response in zip(batch, responses, strict=True):
+                    lines[at] = line(at, decode(response.ids, tokenizer), "eos" if response.ended else "length", len(response.ids))
+                book.add([lines[at] for at in batch])
     book.finish(lines)
     return lines
 
