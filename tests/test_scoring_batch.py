@@ -11,17 +11,19 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fake_openai
 import openai
 import pytest
-from batch_asker import KEY, ask, questions
+from batch_asker import KEY, PRICE, ask, questions
 
 from phased_ift_jax.records import Failure, UserError
-from phased_ift_jax.scoring import batch
+from phased_ift_jax.scoring import batch, patience
 from phased_ift_jax.scoring.ledger import Ledger
+from phased_ift_jax.scoring.money import BATCH, Price
 from phased_ift_jax.scoring.request import ATTEMPT, FAILURES, Summary
 from phased_ift_jax.scoring.request import KEY as KEY_OF
 
@@ -45,7 +47,7 @@ def once_each(server: fake_openai.FakeOpenAI | fake_openai.Remote, n: int) -> di
 
 @pytest.fixture
 def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(batch, "PATIENCE", 30.0)
+    monkeypatch.setattr(patience, "LONGEST", 30.0)
     return tmp_path / "scored.jsonl"
 
 
@@ -237,9 +239,11 @@ def test_both_modes_share_a_ledger_and_make_the_same_file(tmp_path: Path, monkey
 
 
 def test_no_server_is_a_failure_that_says_how_to_go_on(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "PATIENCE", 0.5)
-    with pytest.raises(Failure, match="same command"):
-        ask("http://127.0.0.1:9/v1", str(out), 5)
+    monkeypatch.setattr(patience, "LONGEST", 0.5)
+    with pytest.raises(Failure, match="same command") as told:
+        ask("http://me:hidden@127.0.0.1:9/v1", str(out), 5)
+    assert "127.0.0.1:9" in str(told.value)
+    assert "hidden" not in str(told.value)
 
 
 # --- ends at any moment
@@ -292,14 +296,137 @@ def test_a_run_that_is_killed_while_a_batch_is_created_finds_it_or_creates_it_ag
     assert outcomes(out) == {"ok": N}
 
 
-def test_a_part_whose_batch_was_never_created_is_free_and_asked_again(out: Path) -> None:
+REFUSED, ASKED = {"refused": "gone"}, {"creating": "gone"}
+FREE, LOST = [("not_created", 0.0)] * 3, [("lost", 1e-4)] * 3
+
+
+@pytest.mark.parametrize("at", ["2026-01-02T03:04:05.678+00:00", "2126-01-02T03:04:05.678+00:00"])  # the latter before the clock was put right
+@pytest.mark.parametrize(("notes", "ended"), [([], FREE), ([ASKED, REFUSED], FREE), ([ASKED], LOST), ([ASKED, REFUSED, ASKED], LOST)])
+def test_a_part_whose_batch_was_never_created_is_free_and_one_that_nobody_knows_of_stays_counted(
+    out: Path, at: str, notes: list[dict[str, str]], ended: list[tuple[str, float]]
+) -> None:
+    sent = [{"sent": request.key, "attempt": 1, "reserved_usd": 1e-4, "at": at, "via": f"{batch.VIA}gone"} for request in questions(3)]
+    lines = [*sent, *(note | ({"at": at} if note == ASKED else {}) for note in notes)]
+    Path(f"{out}.ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with fake_openai.serving() as server:
+        summary = ask(server.url, str(out), 5, usd=5e-4, settle_seconds=0.1)
+        assert (summary.outcomes, summary.lost) == ({"ok": 5}, 3 if ended == LOST else 0)
+        once_each(server, 5)
+    assert [(line["error"]["type"], line["usd"]) for line in ledger(out) if line.get("error")] == ended
+
+
+# --- creations of which nobody hears, and batches that are gone
+
+
+def creations(server: fake_openai.FakeOpenAI, monkeypatch: pytest.MonkeyPatch, *fates: str | float) -> list[Callable[[], object]]:
+    """What becomes of the first requests to create a batch; those that are "late" or "held" are executed when the test calls what is returned.
+
+    "drop": never executed; "unavailable": HTTP 503; a number: executed so many seconds after its connection is lost; "late": after its
+    connection is lost; "held": its client goes on waiting. Later ones are as ever.
+    """
+    routed, left, later = server.batches.route, [*fates], list[Callable[[], object]]()
+
+    def route(call: Any) -> None:
+        if (call.method, call.path) != ("POST", "/v1/batches") or not left:
+            return routed(call)
+        if (fate := left.pop(0)) == "unavailable":
+            raise fake_openai.Refused(503, "Try again later.", kind="server_error", retry_after="0.01")
+
+        def execute() -> None:
+            server.batches.create(json.loads(call.body))
+
+        if isinstance(fate, float):
+            server.loop.call_later(fate, execute)
+        elif fate in ("late", "held"):
+            later.append(lambda: server.loop.call_soon_threadsafe(execute))
+        if fate != "held":
+            call.connection.close()
+        return None
+
+    monkeypatch.setattr(server.batches, "route", route)
+    return later
+
+
+def worst_case(n: int) -> float:
+    """USD of so many questions in batches, at most."""
+    return BATCH * sum(Price(*PRICE).worst_case(request.body) for request in questions(n))
+
+
+def assert_all_is_counted(server: fake_openai.FakeOpenAI, later: list[Callable[[], object]], out: Path, usd: float) -> None:
+    """Once all that was asked of the server is done, its bill is within the ledger's, and that within the budget."""
+    made = len(server.batches.made) + len(later)
+    for execute in later:
+        execute()
+    while len(server.batches.made) < made or not {one["status"] for one in server.batches.made.values()} <= {*batch.ENDED}:
+        time.sleep(0.02)
+    spent = sum(line["usd"] for line in ledger(out) if "usd" in line)
+    assert 0 < server.usd <= spent <= usd, (server.usd, spent, usd)
+
+
+@pytest.mark.parametrize("first", ["drop", "unavailable"])
+def test_each_creation_whose_reply_is_lost_is_looked_for_as_long_as_the_first(out: Path, monkeypatch: pytest.MonkeyPatch, first: str) -> None:
+    with fake_openai.serving() as server:
+        creations(server, monkeypatch, first, 1.0)
+        assert ask(server.url, str(out), 60, settle_seconds=2.0).outcomes == {"ok": 60}
+        once_each(server, 60)
+
+
+@pytest.mark.parametrize("share", [1.2, 4.0])
+@pytest.mark.parametrize("fates", [["late"], ["unavailable", "late"], ["late", "drop", "late"]])
+def test_a_budget_holds_whenever_a_creation_is_executed(out: Path, monkeypatch: pytest.MonkeyPatch, fates: list[str], share: float) -> None:
+    with fake_openai.serving(wordy=1, chars_per_token=1) as server:
+        later, usd = creations(server, monkeypatch, *fates), share * worst_case(40)
+        summary = ask(server.url, str(out), 40, usd=usd, settle_seconds=0.1)
+        assert (summary.stopped, summary.outcomes["ok"] == 40) == (("budget", False) if share < 2 else (None, True))
+        assert_all_is_counted(server, later, out, usd)
+
+
+@pytest.mark.parametrize("first", [[], ["unavailable"]])
+def test_a_budget_holds_where_a_creation_was_under_way_at_a_kill(out: Path, monkeypatch: pytest.MonkeyPatch, first: list[str]) -> None:
+    with fake_openai.serving(wordy=1, chars_per_token=1) as server:
+        later, usd = creations(server, monkeypatch, *first, "held"), 1.2 * worst_case(40)
+        asker = start(server.url, out, n=40, usd=usd, settle_seconds=0.1)
+        while not later:
+            time.sleep(0.01)
+        asker.kill()
+        asker.wait()
+        assert ask(server.url, str(out), 40, usd=usd, settle_seconds=0.1).stopped == "budget"
+        assert_all_is_counted(server, later, out, usd)
+
+
+@pytest.mark.parametrize("gone", ["batch", "output file", "error file"])
+def test_what_the_server_no_longer_has_is_said_and_asked_again_and_stays_counted(out: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], gone: str) -> None:
+    with fake_openai.serving(fates="expired:0.5") as server:
+        answered = server.batches.answer
+
+        def answer(call: Any) -> Any:
+            first = next(iter(server.batches.made.values()), {"status": None})
+            if first["status"] == "expired":
+                if gone == "batch" and call.path.endswith(first["id"]):
+                    raise fake_openai.Refused(404, f"No batch found with id '{first['id']}'.", None, "batch_id")
+                if gone != "batch":
+                    server.batches.files.pop(first[gone.replace(" ", "_") + "_id"], None)
+            return answered(call)
+
+        monkeypatch.setattr(server.batches, "answer", answer)
+        summary = ask(server.url, str(out), 40, settle_seconds=0.1)
+        lost = {"batch": 40, "output file": 40, "error file": 20}[gone]
+        assert (summary.outcomes, summary.lost) == ({"ok": 40}, lost)
+        counts = server.counts()
+        assert (counts["answered"], counts["rebilled"]) == (40, 0 if gone == "error file" else 20)
+        assert counts["usd"] <= sum(line["usd"] for line in ledger(out) if "usd" in line)
+    assert "no longer has" in capfd.readouterr().err
+
+
+def test_a_batch_of_an_earlier_start_that_the_server_no_longer_has_is_no_dead_end(out: Path) -> None:
     with Ledger(Path(f"{out}.ledger.jsonl")) as book:
         for request in questions(3):
             book.sent(request.key, 1, f"{batch.VIA}gone", 1e-4)
+        book.note({"part": "gone", "batch": "batch_gone"})
     with fake_openai.serving() as server:
-        assert ask(server.url, str(out), 5, usd=5e-4, settle_seconds=0.1).outcomes == {"ok": 5}
+        assert ask(server.url, str(out), 5, usd=5e-4, settle_seconds=0.1).lost == 3
         once_each(server, 5)
-    assert [(line["error"]["type"], line["usd"]) for line in ledger(out) if line.get("error")] == [("not_created", 0.0)] * 3
+    assert [(line["error"]["type"], line["usd"]) for line in ledger(out) if line.get("error")] == LOST
 
 
 def moment(out: Path) -> str:

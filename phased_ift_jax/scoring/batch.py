@@ -1,30 +1,30 @@
 """Questions in batches: half the price, and an answer within a day. Whatever becomes of a batch or of this process, nothing is paid for twice.
 
-A part of the questions is uploaded as a file; then the ledger notes that each of them leaves; then the batch is created, with the part's name
-as metadata, by which one is found again whose creation was not told; then its id is noted, and it is polled; what its files say goes into the
-ledger line by line. A part is under way as long as one of its questions has no answer line.
+A part of the questions is uploaded as a file; then the ledger notes that each of them leaves, and that the batch is being created; then it is,
+with the part's name as metadata, by which one is found again whose creation was not told; then its id is noted, and it is polled; what its files
+say goes into the ledger line by line. A part is under way as long as one of its questions has no answer line. A creation of which nothing is to
+be found may yet be executed: its questions are asked again in another part, and stay counted at their worst case.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import random
 import sys
 import tempfile
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from datetime import UTC, datetime
+from typing import IO, TYPE_CHECKING, Any
 
-from phased_ift_jax.records import Failure, UserError
 from phased_ift_jax.scoring import live
 from phased_ift_jax.scoring.ledger import Ledger, Sent
 from phased_ift_jax.scoring.money import BATCH, Budget
-from phased_ift_jax.scoring.pace import retry_after
-from phased_ift_jax.scoring.request import FAILURES, Parse, Request, Settings, Summary, one_line
+from phased_ift_jax.scoring.patience import PASSING, Gone, Patience, lasting, unheard
+from phased_ift_jax.scoring.request import FAILURES, Parse, Request, Settings, Summary
 
 if TYPE_CHECKING:
     from openai.types import Batch
@@ -33,12 +33,9 @@ PART = "phased_ift_part"  # metadata of a batch
 VIA = "batch:"
 URL = "/v1/chat/completions"
 ENDED = ("completed", "expired", "cancelled", "failed")
-PASSING = (408, 409, 425, 429)  # refusals that need not be the last word, as those of 500 and more
-PATIENCE = 3600.0  # seconds for which a server may be out of reach
 FETCHES = 8  # so often a file is fetched that is torn, or has fewer lines than its batch says
 CRUMBS = 50  # a part that the budget makes smaller than this share of what is left to ask is not sent
 CLOCKS = 86_400  # seconds by which a server's clock may differ from ours
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +100,7 @@ class _Asking:
     def __init__(self, client: Any, ledger: Ledger, budget: Budget, settings: Settings, parse: Parse, limits: Limits, wanted: dict[str, Request], summary: Summary) -> None:
         self.client, self.ledger, self.budget, self.settings, self.parse, self.limits = client, ledger, budget, settings, parse, limits
         self.wanted, self.summary, self.failures = wanted, summary, Counter[str]()
+        self.patience = Patience(settings)
         self.queue = deque(key for key in wanted if key not in ledger.pending)
         self.open: list[Part] = []
         self.largest, self.at_once = limits.requests, sys.maxsize  # requests of a part, and parts: fewer once the server says that too much waits
@@ -111,13 +109,18 @@ class _Asking:
         self.resume()
         while self.queue or self.open:
             while self.queue and len(self.open) < self.at_once and (part := self.submit()):
-                self.open.append(part)
+                if part.id:
+                    self.open.append(part)
             if self.queue and not self.open:
                 raise Stopped("budget")
             for part in [*self.open]:
-                if (batch := self.look(part)).status in ENDED:
-                    self.open.remove(part)
-                    self.merge(part, batch)
+                try:
+                    if (batch := self.look(part)).status in ENDED:
+                        self.open.remove(part)
+                        self.merge(part, batch)
+                except Gone:
+                    self.open = [other for other in self.open if other is not part]
+                    self.lose(part, f"the server no longer has batch {part.id}, or a file of it")
             if self.open:
                 time.sleep(min(self.limits.poll_seconds, 1 + (time.monotonic() - self.open[-1].began) / 20))
 
@@ -126,14 +129,11 @@ class _Asking:
     def failed(self, key: str, sent: Sent, error: Mapping[str, Any], *, lost: bool = False, weight: int = 1, status: int | None = None, request_id: str | None = None) -> None:
         """Note that an attempt has no reply; it may count for several of those after which a request has failed."""
         usd = sent.reserved_usd if lost or self.budget.price is None else 0.0
-        told = {name: error.get(name) for name in ("type", "code")} | {"message": self.told(error.get("message"))}
+        told = {name: error.get(name) for name in ("type", "code")} | {"message": self.patience.told(error.get("message"))}
         self.ledger.answered(key, sent.attempt, sent.via, usd=usd, error=told, status=status, request_id=request_id)
         self.budget.settle(key, usd)
         self.summary.lost += lost
         self.failures[key] += weight
-
-    def told(self, words: object) -> str:
-        return one_line(live.hide(str(words), self.settings))
 
     def end_or_queue(self, keys: Iterable[str]) -> None:
         for key in keys:
@@ -146,13 +146,13 @@ class _Asking:
     # --- a part leaves
 
     def submit(self) -> Part | None:
-        """Send the next part; None where the budget has no room for one worth a batch."""
+        """Send the next part, which has an id if its batch is known to be there; None where the budget has no room for one worth a batch."""
         with tempfile.TemporaryFile(dir=self.ledger.path.parent) as file:
             keys = self.fill(file)
             if not keys:
                 return None
             part = Part(uuid.uuid4().hex, keys)
-            uploaded = self.patiently(lambda: self.client.files.create(file=(f"{part.name}.jsonl", _from_start(file)), purpose="batch"))
+            uploaded = self.patience.until_done(lambda: self.client.files.create(file=(f"{part.name}.jsonl", _from_start(file)), purpose="batch"))
         for key in keys:
             self.ledger.sent(key, self.ledger.attempts(key) + 1, part.via, self.worst_case(key))
         self.ledger.sync()
@@ -190,18 +190,25 @@ class _Asking:
         return keys
 
     def create(self, part: Part, file: str) -> None:
-        """Create the batch of a part once: where the reply got lost, it is looked for before it is created again."""
+        """Create the batch of a part: again where the server has turned it away, but not where its reply got lost and no batch is to be found."""
         import openai
 
         while part.id is None:
+            self.ledger.note({"creating": part.name, "at": datetime.now(UTC).isoformat(timespec="milliseconds")})
+            self.ledger.sync()
             try:
                 part.id = self.client.batches.create(input_file_id=file, endpoint=URL, completion_window="24h", metadata={PART: part.name}).id
             except (openai.APIError, json.JSONDecodeError) as error:
-                if _lasting(error):
+                if lasting(error):
                     self.undo(part, str(error))
-                elif getattr(error, "status_code", None) != 429 and self.find(part):
+                elif getattr(error, "status_code", None) != 429 and self.find(part, self.settings.settle_seconds):
                     break
-                self.pause(error, part.began)
+                elif unheard(error):
+                    self.lose(part, "the reply to the creation of its batch got lost, and no batch is to be found")
+                    return
+                else:
+                    self.ledger.note({"refused": part.name})
+                self.patience.pause(error, part.began)
         self.created(part)
 
     def created(self, part: Part) -> None:
@@ -215,12 +222,21 @@ class _Asking:
             self.failed(key, self.ledger.pending[key], {"type": "not_created", "message": why}, weight=0)
         self.ledger.sync()
 
-    def find(self, part: Part) -> bool:
-        """Look for the batch of a part among the server's, until so long after its creation that it cannot come up any more."""
-        sent = [self.ledger.pending[key] for key in part.keys]
+    def lose(self, part: Part, why: str) -> None:
+        """Nobody knows what became of the rest of a part: it is asked again, and stays counted at its worst case."""
+        pending = {key: self.ledger.pending[key] for key in part.keys if key in self.ledger.pending}
+        _say(f"{why}: {len(pending):,} requests are asked again, and stay counted at their worst case")
+        for key, sent in pending.items():
+            self.failed(key, sent, {"type": "lost", "code": "lost", "message": why}, lost=True)
+        self.ledger.sync()
+        self.end_or_queue(part.keys)
+
+    def find(self, part: Part, seconds: float) -> bool:
+        """Look for the batch of a part among the server's, which it may take so many seconds to come up."""
+        until, oldest = time.monotonic() + seconds, max(0.0, *(self.ledger.pending[key].age for key in part.keys))
         while True:
-            late = min(each.age for each in sent) > self.settings.settle_seconds
-            part.id = self.patiently(lambda: self.listed(part.name, time.time() - max(each.age for each in sent) - CLOCKS))
+            late = time.monotonic() >= until
+            part.id = self.patience.until_done(lambda: self.listed(part.name, time.time() - oldest - CLOCKS))
             if part.id or late:
                 return part.id is not None
             time.sleep(self.settings.settle_seconds / 10)
@@ -238,6 +254,10 @@ class _Asking:
     def resume(self) -> None:
         """Take up what an earlier start left under way."""
         ids = {note["part"]: note["batch"] for note in self.ledger.notes if "part" in note}
+        creations: dict[str, str | None] = {}  # when each was last begun; None where the server has turned it away since
+        for note in self.ledger.notes:
+            if name := note.get("creating") or note.get("refused"):
+                creations[name] = note.get("at")
         parts: dict[str, Part] = {}
         for key, sent in self.ledger.pending.items():
             if sent.via.startswith(VIA):
@@ -245,15 +265,23 @@ class _Asking:
                 parts.setdefault(name, Part(name, [], ids.get(name))).keys.append(key)
         self.open = [part for part in parts.values() if part.id]
         for part in parts.values():
-            if part.id is None and self.find(part):
+            begun = creations.get(part.name)
+            if part.id is None and self.find(part, self.left(begun or max(self.ledger.pending[key].at for key in part.keys))):
                 self.created(part)
                 self.open.append(part)
+            elif part.id is None and begun:
+                self.lose(part, "the process ended while its batch was being created, and no batch is to be found")
             elif part.id is None:
                 self.undo(part, "the process ended before the batch was created")
                 self.end_or_queue(part.keys)
 
+    def left(self, begun: str) -> float:
+        """Seconds for which what was begun at a time may yet come up, whatever became of the clock since."""
+        age = (datetime.now(UTC) - datetime.fromisoformat(begun)).total_seconds()
+        return min(max(self.settings.settle_seconds - age, 0.0), self.settings.settle_seconds)
+
     def look(self, part: Part) -> Batch:
-        batch: Batch = self.patiently(lambda: self.client.batches.retrieve(part.id))
+        batch: Batch = self.patience.there(lambda: self.client.batches.retrieve(part.id))
         counts = batch.request_counts
         done, total = (counts.completed + counts.failed, counts.total) if counts else (0, 0)
         if (seen := (batch.status, 10 * done // max(total, 1))) != part.seen:
@@ -284,8 +312,7 @@ class _Asking:
                     self.budget.settle(key, usd)
                 else:
                     error = _object(line.get("error")) or _object(body.get("error")) or {"type": "no_reply", "message": f"neither reply nor error: {line}"}
-                    lasting = status and status < 500 and status not in PASSING
-                    self.failed(key, sent, error, weight=FAILURES if lasting else 1, status=status, request_id=request_id)
+                    self.failed(key, sent, error, weight=FAILURES if status and status < 500 and status not in PASSING else 1, status=status, request_id=request_id)
         told = batch.errors.data[0] if batch.errors and batch.errors.data else None
         crowded = batch.status == "failed" and told is not None and told.code == "token_limit_exceeded"
         why = {"type": f"batch_{batch.status}", "code": told and told.code, "message": (told and told.message) or f"the batch has {batch.status} without it"}
@@ -295,7 +322,7 @@ class _Asking:
         self.end_or_queue(part.keys)
         if crowded:
             if len(part.keys) == 1 and not self.open:
-                _say(f"the server has no room for a single request: {self.told(why['message'])}")
+                _say(f"the server has no room for a single request: {self.patience.told(why['message'])}")
                 raise Stopped("limit")
             self.at_once, self.largest = max(1, len(self.open)), self.largest if self.open else len(part.keys) // 2
 
@@ -303,7 +330,7 @@ class _Asking:
         """The lines of a file of the server's, which is here as a whole before the first of them is used."""
         with tempfile.TemporaryFile(dir=self.ledger.path.parent) as here:
             for fetch in range(FETCHES):
-                self.patiently(lambda: self.fetch(file, here))
+                self.patience.there(lambda: self.fetch(file, here))
                 whole = [bool(_line(text)) for text in _from_start(here)]
                 if all(whole) and len(whole) >= expected:
                     break
@@ -316,39 +343,6 @@ class _Asking:
         with self.client.files.with_streaming_response.content(file) as response:
             for data in response.iter_bytes():
                 here.write(data)
-
-    # --- a server that is not there
-
-    def patiently(self, act: Callable[[], T]) -> T:
-        import httpx
-        import openai
-
-        began = time.monotonic()
-        while True:
-            try:
-                return act()
-            except (openai.APIError, httpx.HTTPError, json.JSONDecodeError) as error:
-                self.pause(error, began)
-
-    def pause(self, error: Exception, began: float) -> None:
-        """Wait before what failed is tried again.
-
-        Raises:
-            UserError, Failure: it would fail again, or has for long enough.
-        """
-        server, told = self.settings.base_url or "the server", self.told(getattr(error, "message", error))
-        waited = time.monotonic() - began
-        if _lasting(error):
-            raise UserError(f"{server} refuses (HTTP {getattr(error, 'status_code', None)}): {told}") from None
-        if waited > PATIENCE:
-            raise Failure(f"{server} is out of reach: {told}; everything is saved, and the same command goes on") from None
-        time.sleep(retry_after(getattr(getattr(error, "response", None), "headers", {})) + random.uniform(0, min(60.0, 0.1 + waited)))
-
-
-def _lasting(error: Exception) -> bool:
-    """Whether a server would say the same again."""
-    status = getattr(error, "status_code", None)
-    return status is not None and status < 500 and (status not in PASSING or getattr(error, "code", None) == "insufficient_quota")
 
 
 def _from_start(file: IO[bytes]) -> IO[bytes]:
