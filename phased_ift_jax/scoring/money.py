@@ -25,6 +25,10 @@ class Price(NamedTuple):
     output: float
     written: float = 1.0
 
+    def table(self) -> dict[str, Any]:
+        """For people: USD per million tokens, and the day of our table (None: the user's own); `written` is what input counts at that was not read from the cache."""
+        return {"input": self.input, "cached": self.cached, "written": self.input * self.written, "output": self.output, "of": PRICES_OF if self in PRICES.values() else None}
+
     def cost(self, usage: Mapping[str, Any]) -> float:
         """USD of a reply, from its `usage`; what was not cached counts as written.
 

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -213,7 +213,7 @@ class Paid:
         began = time.monotonic()
         self.ask(sample, asked, questions.parse) if asked else None
         seconds = (time.monotonic() - began) / asked if asked and self.args.mode == "live" else None
-        print(forecast.told(self.missing(questions), sample, self.ledger, seconds))
+        self.tell(self.missing(questions), sample, seconds)
         return 0
 
     def forecast_only(self, questions: Questions) -> int:
@@ -222,10 +222,18 @@ class Paid:
             if any(self.ledger.replies(request.key) for request in drawn(in_form, PILOT)):
                 questions = in_form
                 break
-        print(forecast.told(self.missing(questions), drawn(questions, PILOT), self.ledger))
+        self.tell(self.missing(questions), drawn(questions, PILOT))
         if not self.ledger.size:
             self.ledger.path.unlink()
         return 0
+
+    def tell(self, missing: Missing, sample: Sequence[Request], seconds: float | None = None) -> None:
+        print(forecast.told(missing, sample, self.ledger, seconds))
+        if self.price and missing.count:
+            in_batches = ", half of that in batches" if self.args.mode == "batch" else ""
+            print(f"at ${self.price.input:g} of input and ${self.price.output:g} of output a million tokens{in_batches}")
+        if self.args.budget_usd is not None and missing.worst > self.args.budget_usd - self.ledger.spent_usd:
+            print(f"--budget_usd {self.args.budget_usd:g} may end before all is asked: each question needs its worst case to be free")
 
 
 def refusal(reading: Reading | None) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from phased_ift_jax.scoring import agreement
-from phased_ift_jax.scoring.money import PRICES_OF, Budget
+from phased_ift_jax.scoring.money import Budget
 from phased_ift_jax.scoring.request import Reading, Settings
 
 
@@ -45,7 +45,7 @@ class Tally:
             "system_fingerprints": dict(self.fingerprints),
             "tokens": dict(self.tokens),
             "usd": round(budget.spent, 6) if price else None,
-            "price_usd_per_million_tokens": price and price._asdict() | {"of": PRICES_OF},
+            "price_usd_per_million_tokens": price and price.table(),
             "base_url": server.place,
             "first_answer": self.first or None,
             "last_answer": self.last or None,
