@@ -87,7 +87,7 @@ def _judgment(row: Any) -> Judgment:
     first, second = (_order(order) for order in row["orders"])
     by_unit = row.get("lengths") or {}
     lengths = {unit: pair for unit, pair in by_unit.items() if pair is not None} if isinstance(by_unit, dict) else None
-    if lengths is None or not all(isinstance(pair, list) and len(pair) == 2 and all(type(length) is int and 0 <= length <= LONGEST for length in pair) for pair in lengths.values()):
+    if lengths is None or not all(isinstance(pair, list) and len(pair) == 2 and all(type(each) is int and 0 <= each <= LONGEST for each in pair) for pair in lengths.values()):
         raise ValueError("`lengths` are not pairs of whole numbers by unit")
     return Judgment(identifier, test_set, candidate, baseline, judge, (first, second), {unit: (pair[0], pair[1]) for unit, pair in lengths.items()})
 
