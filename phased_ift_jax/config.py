@@ -208,7 +208,7 @@ class CheckpointConfig(Section):
 class EvaluationConfig(Section):
     """What is measured on the held-out rows, beside their loss, before training and after each phase."""
 
-    exact_match: bool = Field(False, description="answer the held-out prompts greedily and count responses that are right to the letter")
+    exact_match: bool = Field(False, description="answer the held-out prompts greedily and count responses that are right to the letter, white space aside")
     max_new_tokens: int = Field(32, ge=1, description="longest answer")
     show_answers: int = Field(3, ge=0, description="answers of each bin to print after the last phase (with exact_match)")
 

@@ -128,7 +128,7 @@ def by_record(args: argparse.Namespace, out: Path) -> int:
     work, (first, *_) = work_of(args, out), recorded
     if not {(judgment.test_set, judgment.id) for judgment in recorded} & {(pair.prompt.test_set, pair.prompt.id) for pair in work.pairs}:
         raise UserError(f"--recorded: judgments of other prompts, such as '{first.test_set}/{first.id}'; these answers are to prompts such as '{work.pairs[0].name}'")
-    return work.write(first.judge, replayed(recorded), {"recorded": args.recorded})
+    return work.write(first.judge, replayed(recorded, work.models), {"recorded": args.recorded})
 
 
 JUDGES = {"llm": by_model, "exact": by_reference, "replay": by_record}

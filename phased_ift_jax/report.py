@@ -6,7 +6,7 @@
   report --judgments a.jsonl --judgments b.jsonl --out report.html        two comparisons
 
 The page needs no network, and no script but for its filters; report.json beside it has its numbers, each with the file that it is from. Runs that differ in
-nothing but their seed are one arm.
+nothing but their seed are one arm. Judgments of the same two models are one seed's; another seed's models have other names.
 """
 
 from __future__ import annotations

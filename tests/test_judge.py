@@ -14,10 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scoring_rig import KEY, QUICK, ROOT, fake_openai, lines, pending, process, run
 
 from phased_ift_jax import judge
+from phased_ift_jax.data.answers import Answer, Pair
 from phased_ift_jax.evaluation.comparison import compare
+from phased_ift_jax.evaluation.forgetting import exact_match
+from phased_ift_jax.evaluation.judging import exact
 from phased_ift_jax.evaluation.judgments import read_judgments, row_of
 from phased_ift_jax.scoring import live
 
@@ -228,8 +233,33 @@ def test_recorded_logs_are_replayed(tmp_path: Path, shared_data: Path, judged: C
     assert equal_lengths == 0
     assert counts_of(tmp_path / "again.jsonl") == {"invalid": 80}
     assert "No verdict" in capsys.readouterr().out
+    assert judged([*argv[1::-1], *argv[2:], str(logs[0])], None) == 0, "as a log names nobody, the lengths tell"
+    assert counts_of(tmp_path / "again.jsonl") == {"invalid": 80}
     assert judged([*two(tmp_path, plain(3)), *argv[2:], str(out)], None) == 2
     assert "--recorded: judgments of other prompts" in capsys.readouterr().err
+
+
+def test_a_judgment_is_replayed_for_its_own_models_and_lengths_alone(tmp_path: Path, judged: Callable[..., int]) -> None:
+    asked, out, again = [row | {"output": "4"} for row in plain(6)], tmp_path / "judgments.jsonl", tmp_path / "again.jsonl"
+    new, old = str(answers(tmp_path / "new.jsonl", asked, lambda _: "4")), str(answers(tmp_path / "old.jsonl", asked, lambda _: "5"))
+    other = str(answers(tmp_path / "other.jsonl", asked, lambda _: "4"))
+    assert judged([new, old, "--judge", "exact", "--out", str(out)], None) == 0
+    for files, expected in (((new, old), {"win": 6}), ((old, new), {"invalid": 6}), ((new, other), {"invalid": 6})):
+        assert judged([*files, "--judge", "replay", "--recorded", str(out), "--out", str(again)], None) == 0
+        assert counts_of(again) == expected
+    assert "'new' against 'old'" in lines(again)[0]["orders"][0]["reason"]
+    for lengths in ({}, {"characters": [1, 1]}, {"characters": [1, 1], "words": [1, 2]}):
+        out.write_text("".join(json.dumps(row | {"lengths": lengths}) + "\n" for row in lines(out)))
+        assert judged([new, old, "--judge", "replay", "--recorded", str(out), "--out", str(again)], None) == 0
+        assert counts_of(again) == {"invalid": 6}
+
+
+@settings(deadline=None)
+@given(st.text(" \t\n\u2028\u0085ab", max_size=8), st.text(" \t\n\u2028\u0085ab", max_size=8))
+def test_right_is_the_same_for_a_judge_and_for_held_out_rows(expected: str, given_answer: str) -> None:
+    prompt = Answer("tasks", "1", "Name a fish.", "", given_answer, "eos", None, expected)
+    order, _ = exact(Pair(prompt, given_answer, given_answer, "", None), {})
+    assert order.scores == (exact_match([(expected, given_answer)]),) * 2
 
 
 # --- the server, the budget, the end

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from html.parser import HTMLParser
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def of_judgments(runs, tmp_path_factory) -> tuple[Path, str, dict[str, Any]]:
     """Real runs with judgments of two seeds over two sets, and answers."""
     folder = tmp_path_factory.mktemp("judged")
     for seed in (1, 2):
-        write_judgments(folder / f"{seed}.jsonl", judgments_of(seed, {"koala": 30, "vicuna": 20}, tilt=0.4))
+        write_judgments(folder / f"{seed}.jsonl", judgments_of(seed, {"koala": 30, "vicuna": 20}, tilt=0.4, names=(f"phased-{seed}", f"one_off-{seed}")))
     found = judgments_of(1, {"koala": 30, "vicuna": 20})
     answers = [write_answers(folder / f"{name}.jsonl", name, found, name) for name in ("phased", "one_off")]
     words = [runs / "phased", runs / "one_off", "--judgments", folder / "1.jsonl", folder / "2.jsonl", "--answers", *answers]
@@ -191,11 +192,63 @@ def test_an_axis_holds_its_values_in_order_and_has_some_ticks(values, zero, arou
         assert found(0.0) == 50
 
 
-def test_files_of_a_comparison_are_sets_or_seeds():
-    one, other = judgments_of(1, {"koala": 4}), judgments_of(2, {"vicuna": 3})
-    assert [len(run) for run in report._side_by_side([(Path("a"), one), (Path("b"), other)])] == [7]
-    both = report._side_by_side([(Path("a"), one), (Path("b"), one), (Path("c"), other), (Path("d"), other)])
-    assert [Counter(judgment.test_set for judgment in run) for run in both] == [{"koala": 4, "vicuna": 3}] * 2
+def test_files_of_a_comparison_are_sets_or_seeds_by_their_models(tmp_path):
+    """Whatever their order, files of the same two models are one run, and those of others another one: no run has prompts of two seeds."""
+    files = {}
+    for seed in (1, 2):
+        for name, count in (("koala", 40), ("vicuna", 30)):
+            files[name[0], seed] = tmp_path / f"{name}{seed}.jsonl"
+            write_judgments(files[name[0], seed], judgments_of(seed, {name: count}, 0.9 * (seed == 1), (f"phased-{seed}", f"one_off-{seed}")))
+    told = []
+    for order in list(permutations(files.values()))[::5]:
+        _, facts = made(tmp_path, "--judgments", *order)
+        (found,) = facts["comparisons"]
+        assert found["runs"] == 2
+        assert found["rules"]["paper"]["pairs"] == 140
+        told.append((sorted(found["by_run"]), round(found["headline"]["win_rate"], 9), found["headline"]["conclusion"]))
+    assert all(rates == pytest.approx(told[0][0]) for rates, *_ in told)
+    assert len({tuple(rest) for _, *rest in told}) == 1
+    assert "2 training seeds" in facts["words"][0]
+
+
+@pytest.mark.parametrize("order", [("k1", "again", "v1"), ("k1", "v1", "again"), ("k1", "k1")])
+def test_a_second_pass_of_a_judge_is_no_training_seed(tmp_path, order):
+    for name, seed, sets in (("k1", 1, {"koala": 9}), ("v1", 1, {"vicuna": 9}), ("again", 2, {"koala": 9})):
+        write_judgments(tmp_path / name, judgments_of(seed, sets))
+    with pytest.raises(UserError, match=r"was judged 2 times in run 1; .* no second training seed") as caught:
+        made(tmp_path, "--judgments", *(tmp_path / name for name in order))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
+def test_an_answer_may_hold_any_separator_of_lines(tmp_path, character):
+    found = judgments_of(1, {"koala": 3})
+    write_judgments(tmp_path / "j.jsonl", found)
+    path = write_answers(tmp_path / "phased.jsonl", "phased", found, "A")
+    path.write_text("".join(json.dumps(json.loads(line) | {"response": f"A{character}B"}, ensure_ascii=False) + "\n" for line in path.read_text().splitlines()), encoding="utf-8")
+    _, facts = made(tmp_path, "--judgments", tmp_path / "j.jsonl", "--answers", path)
+    assert [row["answers"][0]["text"] for row in facts["examples"]["rows"]] == [f"A{character}B"] * 3
+
+
+def test_two_seeds_and_one_task_have_no_interval_and_no_nan():
+    def run(seed, answer):
+        return {"name": f"{answer}{seed}", "seed": seed, "finished": True, "answers": {("easy", "1"): {"response": "4", "answer": answer}}, "forgetting": {"rows": [{"loss": {}}]}}
+
+    runs = [run(1, "4"), run(2, "5"), run(1, "5"), run(2, "5")]
+    found = report._held_out({"name": "phased", "runs": [0, 1]}, {"name": "one_off", "runs": [2, 3]}, runs)
+    assert found["exact_match"]["interval"] is None
+    assert found["words"] == ["The difference between phased and one_off is within noise: +50.0 points of exact match (no interval) over 1 held-out tasks."]
+    assert "(95% interval " in report._held_out({"name": "phased", "runs": [0]}, {"name": "one_off", "runs": [2]}, runs)["words"][0]
+
+
+def test_differences_of_exact_match_vary_from_all_lost_to_all_won():
+    """Two bins, of one task each: as wide as ±100 points allow."""
+    def run(answer):
+        return {"name": answer, "seed": 1, "finished": True, "answers": {(name, "1"): {"response": "4", "answer": answer} for name in "ab"}, "forgetting": {"rows": [{"loss": {}}]}}
+
+    found = report._held_out({"name": "phased", "runs": [0]}, {"name": "one_off", "runs": [1]}, [run("4"), run("4 ")])["exact_match"]
+    unseen = 100 * (1 - 0.025 ** (1 / 2))
+    assert found["interval"] == pytest.approx([-unseen, unseen])
 
 
 def test_equal_answers_are_within_noise_and_the_page_says_so(tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from phased_ift_jax.evaluation.comparison import compare
+from phased_ift_jax.evaluation.comparison import compare, estimated
 from phased_ift_jax.evaluation.statistics import (
     Variance,
     bootstrap,
@@ -143,6 +143,47 @@ def test_the_variance_of_too_few() -> None:
     assert variance([np.full((1, 9), np.nan)]) is None
     assert variance([wide, alone]).total == pytest.approx((40 / 41) ** 2 * 0.25 * 40 / 39 / 40 + (1 / 41) ** 2 * 0.25)
     assert variance([np.zeros((2, 9))]).interval(0.0) == (0.0, 0.0)
+    assert variance([2 * wide, 2 * alone], reach=1.0).total == pytest.approx(4 * variance([wide, alone]).total), "in other units it is the same"
+
+
+@settings(deadline=None)
+@given(st.sampled_from([-0.5, 0.5]), st.integers(1, 60), st.integers(1, 3), st.sampled_from([0.5, 0.9, 0.95, 0.99]))
+def test_equal_points_have_the_exact_interval(point: float, prompts: int, runs: int, level: float) -> None:
+    """Clopper's and Pearson's, which scipy has; it leaves out zero where the sign test says so."""
+    runs = runs if prompts > 1 else 1  # of one prompt, the variance over runs is not known
+    found = estimated([np.full((runs, prompts), point)], np.nan, 50, 0, level)
+    wins = prompts if point > 0 else 0
+    exact = stats.binomtest(wins, prompts).proportion_ci(level, method="exact")
+    assert found["interval"] == pytest.approx([100 * exact.low - 50, 100 * exact.high - 50])
+    assert (found["conclusion"] == "within_noise") == (found["sign_test"]["p"] >= 1 - level)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([-0.5, 0.0, 0.5]), st.integers(1, 40), st.integers(0, 20)), min_size=1, max_size=4), st.sampled_from([0.5, 1.0]))
+def test_what_does_not_vary_still_has_an_interval_of_width(sets: list[tuple[float, int, int]], reach: float) -> None:
+    """Sets of equal points, and invalid ones: wide enough for the truth that is the least likely to look like this, and within what points can be."""
+    points = [2 * reach * np.array([[point] * valid + [np.nan] * invalid]) for point, valid, invalid in sets]
+    found = estimated(points, np.nan, 50, 0, 0.95, reach)
+    low, high = (edge / 100 for edge in found["interval"])
+    rate = found["win_rate"] / 100
+    assert -reach <= low <= rate + 1e-9
+    assert rate - 1e-9 <= high <= reach
+    size = sum(valid + invalid for _, valid, invalid in sets)
+    for point, valid, invalid in sets:  # unlike prompts in one set alone, as many as would be missed in 2.5 % of draws
+        missed = (1 - 0.025 ** (1 / valid)) * (valid + invalid) / size
+        assert low <= rate - missed * (2 * reach * point + reach) + 1e-9
+        assert high >= rate + missed * (reach - 2 * reach * point) - 1e-9
+
+
+@pytest.mark.parametrize("runs", [1, 2, 3])
+def test_no_figure_has_an_interval_without_width(runs: int) -> None:
+    """Also where the runs' points cancel, so that neither prompts nor seeds seem to vary."""
+    rng = np.random.default_rng(0)
+    tables = [rng.choice([-0.5, 0.0, 0.5, np.nan], (runs, prompts)) for prompts in (1, 2, 3, 6) for _ in range(40)]
+    tables += [np.resize([[0.5, 0.0], [0.0, 0.5]], (runs, 6)), np.full((runs, 4), 0.5)]
+    intervals = [found for points_KP in tables if (found := estimated([points_KP], np.nan, 200, 0, 0.95)["interval"])]
+    assert len(intervals) > 50
+    assert all(high - low > 1e-6 for low, high in intervals)
 
 
 def test_the_smallest_effect_is_found_in_80_percent(measured: Measured) -> None:
@@ -235,7 +276,7 @@ def judged(sets: list[np.ndarray], lengths: tuple[int, int] = (100, 100)) -> lis
     scores = {0.5: (8.0, 7.0), 0.0: (7.0, 7.0), -0.5: (7.0, 8.0)}
     return [
         [
-            Judgment(f"{number}", f"set {which}", "new", "old", "judge", (Judged("ok", scores[point]),) * 2, {"characters": lengths})
+            Judgment(f"{number}", f"set {which}", f"new{run or ''}", f"old{run or ''}", "judge", (Judged("ok", scores[point]),) * 2, {"characters": lengths})
             for which, points_KP in enumerate(sets)
             for number, point in enumerate(points_KP[run].tolist())
         ]
@@ -253,7 +294,8 @@ def test_a_conclusion_is_what_the_figures_say(seed: int) -> None:
     low, high = headline["interval"]
     expected = "within_noise" if low <= 0 <= high or headline["sign_test"]["p"] >= 0.05 else "better" if low > 0 else "worse"
     assert headline["conclusion"] == expected
-    assert {"within_noise": "within noise", "better": "new is better than old", "worse": "new is worse than old"}[expected] in found["words"][0]
+    candidate, baseline = found["candidate"], found["baseline"]
+    assert {"within_noise": "within noise", "better": f"{candidate} is better than {baseline}", "worse": f"{candidate} is worse than {baseline}"}[expected] in found["words"][0]
     assert f"{headline['win_rate']:+.1f} points" in found["words"][0]
     for one in found["rules"]["paper"]["sets"].values():
         assert one["sign_test"]["p_holm"] >= one["sign_test"]["p"]

@@ -210,6 +210,9 @@ LINE = row_of(made([((8.0, 7.0), (9.0, 7.0))])[0])
         (json.dumps(LINE | {"orders": [LINE["orders"][0], LINE["orders"][1] | {"scores": None}]}), "no two scores"),
         (json.dumps(LINE | {"orders": [LINE["orders"][0], LINE["orders"][1] | {"scores": [1, 11]}]}), "beyond 0 to 10"),
         (json.dumps(LINE | {"lengths": {"words": [1, -2]}}), "`lengths` are not pairs"),
+        (json.dumps(LINE | {"lengths": [1, 2]}), "`lengths` are not pairs"),
+        (json.dumps(LINE | {"orders": [LINE["orders"][0] | {"outcome": "failed", "scores": None, "reason": {}}, LINE["orders"][1]]}), "`reason` and `key` are not texts"),
+        (json.dumps({"data": [], "Meta_Info": {"dataset_name": "a"}}), "holds no judgment"),
         (json.dumps({"data": [{}]}), "is no recorded log"),
         (json.dumps({"data": 3, "Meta_Info": {"dataset_name": "a"}}), "is no recorded log"),
     ],
@@ -222,6 +225,32 @@ def test_what_is_no_judgment_is_refused_in_one_line(tmp_path: Path, text: str, s
     assert said in str(refused.value)
     assert str(path) in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["words", "first", "scores", "a"]), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.sampled_from([*((key,) for key in LINE), *(("orders", order, key) for order in (0, 1) for key in LINE["orders"][0]), ("lengths", "words")]), json_values)
+def test_a_line_is_a_judgment_or_refused_whatever_stands_in_it(tmp_path_factory: pytest.TempPathFactory, place: tuple, value: object) -> None:
+    row = json.loads(json.dumps(LINE))
+    inside = row
+    for key in place[:-1]:
+        inside = inside[key]
+    inside[place[-1]] = value
+    path = tmp_path_factory.mktemp("judgments") / "judgments.jsonl"
+    path.write_text(json.dumps(row))
+    try:
+        found = read_judgments(path)
+    except UserError:
+        return
+    assert compare(found, resamples=10)["prompts"] == 1
+    write_judgments(path, found)
+    assert read_judgments(path) == found
 
 
 @pytest.mark.parametrize("scores", ["[-1, -1]", "[8.0]", "8 7", "", None, "[NaN, 3]", "[true, 3]", "[8.0, 7.0, 1.0]", "[11, 3]", '["8", "7"]'])
@@ -247,6 +276,8 @@ def test_judgments_that_are_not_of_one_comparison_are_refused() -> None:
         ([one, one[:2]], "'2' of 'a' is not in both run 1 and run 2"),
         ([one[:2] + other[2:]], "several pairs of models"),
         ([one, judge], "several judges, another, judge"),
+        ([one, one], "runs 1 and 2 are both of 'new' against 'old'"),
+        ([one, other, one], "runs 1 and 3 are both of 'new' against 'old'"),
     ):
         with pytest.raises(UserError, match=said):
             compare(*runs)

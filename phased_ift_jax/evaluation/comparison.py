@@ -9,20 +9,35 @@ from typing import Any
 import numpy as np
 
 from phased_ift_jax.evaluation.judgments import UNITS
-from phased_ift_jax.evaluation.statistics import RESAMPLES, SIMILAR, bootstrap, holm, interval, is_similar, judge_noise, length_controlled, sign_test, variance
+from phased_ift_jax.evaluation.statistics import (
+    RESAMPLES,
+    SIMILAR,
+    bootstrap,
+    exact_interval,
+    holm,
+    interval,
+    is_similar,
+    judge_noise,
+    length_controlled,
+    sign_test,
+    variance,
+    vary,
+)
 from phased_ift_jax.evaluation.win_rate import RULES, counted, overall, points, preferences, scores_of, size_weighted, tally
 from phased_ift_jax.records import Judgment, UserError
 
 INVALID = {"excluded": np.nan, "as_ties": 0.0}
 BOUNDS = {"worst": -0.5, "best": 0.5}
 POWER = 0.8
+NO_VARIANCE = 1e-18  # what rounding leaves of none
+AGAIN = "as models that are judged again are no second training seed"
 
 
 def compare(*runs: Sequence[Judgment], length_unit: str = "characters", resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95) -> dict[str, Any]:
     """Compare two models by the judgments of one run, or of several (pairs of training seeds) over the same prompts, which are then K runs of P prompts.
 
     Raises:
-        UserError: there are no judgments, or they are not of one pair of models, one judge, and the same prompts in every run.
+        UserError: there are no judgments, or they are not of one pair of models in each run and another one in every run, one judge, and the same prompts.
     """
     names, prompts = _aligned(runs)
     by_prompt = [{_prompt(judgment): judgment for judgment in run} for run in runs]
@@ -100,7 +115,7 @@ def _aligned(runs: Sequence[Sequence[Judgment]]) -> tuple[dict[str, str], list[t
         seen = Counter(map(_prompt, run))
         (test_set, identifier), times = seen.most_common(1)[0]
         if times > 1:
-            raise UserError(f"judgments: prompt '{identifier}' of '{test_set}' was judged {times} times in run {number}; keep one")
+            raise UserError(f"judgments: prompt '{identifier}' of '{test_set}' was judged {times} times in run {number}; keep one, {AGAIN}")
         if odd := set(prompts) ^ set(seen):
             test_set, identifier = min(odd)
             raise UserError(f"judgments: prompt '{identifier}' of '{test_set}' is not in both run 1 and run {number}; runs are compared over the same prompts")
@@ -108,19 +123,24 @@ def _aligned(runs: Sequence[Sequence[Judgment]]) -> tuple[dict[str, str], list[t
             raise UserError(f"judgments: run {number} is of several pairs of models, {sorted(models)[:3]}; give one pair at a time")
     if len(judges := {judgment.judge for run in runs for judgment in run}) > 1:
         raise UserError(f"judgments: of several judges, {', '.join(sorted(judges))}; compare by one at a time")
+    pairs = [(run[0].candidate, run[0].baseline) for run in runs]
+    for number, pair in enumerate(pairs, 1):
+        if (first := pairs.index(pair) + 1) < number:
+            raise UserError(f"judgments: runs {first} and {number} are both of '{pair[0]}' against '{pair[1]}'; give one, {AGAIN}")
     return {kind: ", ".join(dict.fromkeys(getattr(run[0], kind) for run in runs)) for kind in ("candidate", "baseline", "judge")}, prompts
 
 
-def estimated(sets_KP: list[np.ndarray], as_point: float, resamples: int, seed: int, level: float) -> dict[str, Any]:
-    """Win rate, interval and conclusion with invalid pairs counted `as_point`; the sign test is over decided pairs alone."""
+def estimated(sets_KP: list[np.ndarray], as_point: float, resamples: int, seed: int, level: float, reach: float = 0.5) -> dict[str, Any]:
+    """Win rate, interval and conclusion with invalid pairs counted `as_point`; the sign test is over decided pairs alone. Points are from -reach to reach."""
     sizes, test = [points_KP.shape[1] for points_KP in sets_KP], _sign_test(sets_KP)
     sets_KP = [counted(points_KP, as_point) for points_KP in sets_KP]
     rate = overall(sets_KP)
-    drawn = interval(size_weighted(bootstrap(sets_KP, resamples, seed), sizes), level)
-    found = {"win_rate": _percent(rate), "interval": _percents(drawn), "sign_test": test}
+    drawn, exact = interval(size_weighted(bootstrap(sets_KP, resamples, seed), sizes), level), exact_interval(sets_KP, reach, level)
+    found = {"win_rate": _percent(rate), "interval": _percents(drawn if vary(sets_KP) else exact), "sign_test": test}
     if len(sets_KP[0]) > 1:  # of K seeds drawn anew the variance is too small by a K-th, and it knows no t
-        noise = variance(sets_KP)
-        found |= {"interval": _percents(noise.interval(rate, level) if noise else None), "bootstrap_interval": _percents(drawn)}
+        noise = variance(sets_KP, reach)
+        students = noise.interval(rate, level) if noise and noise.total > NO_VARIANCE else exact if noise else None
+        found |= {"interval": _percents(students), "bootstrap_interval": _percents(drawn)}
     return found | {"conclusion": _conclusion(found, test["p"], level)}
 
 

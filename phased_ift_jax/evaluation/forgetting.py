@@ -16,9 +16,14 @@ from phased_ift_jax.files import write_whole
 ANSWERS = "held_out_answers.jsonl"
 
 
+def is_exact(expected: str, given: str) -> bool:
+    """Whether an answer is the expected one to the letter: the same words, however much white space is between and around them."""
+    return expected.split() == given.split()
+
+
 def exact_match(answers: Sequence[tuple[str, str]]) -> float:
-    """Share of (expected, given) pairs that are equal but for white space at the ends."""
-    return sum(expected.strip() == given.strip() for expected, given in answers) / len(answers)
+    """Share of (expected, given) pairs of which the answer is exact."""
+    return sum(is_exact(expected, given) for expected, given in answers) / len(answers)
 
 
 class ForgettingMatrix:

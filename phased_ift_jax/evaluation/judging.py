@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from phased_ift_jax.data.answers import Pair
-from phased_ift_jax.evaluation.judgments import lengths_of
+from phased_ift_jax.evaluation.forgetting import is_exact
+from phased_ift_jax.evaluation.judgments import UNNAMED, lengths_of
 from phased_ift_jax.records import Judged, Judgment
 
 Orders = tuple[Judged, Judged]
@@ -31,22 +32,23 @@ def exact(pair: Pair, references: Mapping[tuple[str, str], str]) -> Orders:
     reference = pair.prompt.reference if pair.prompt.reference is not None else references.get((pair.prompt.id, pair.prompt.instruction))
     if pair.missing or reference is None:
         return nothing(pair.missing or "the prompt has no reference")
-    scores = [RIGHT if answer.split() == reference.split() else WRONG for answer in (pair.candidate, pair.baseline)]
+    scores = [RIGHT if is_exact(reference, answer) else WRONG for answer in (pair.candidate, pair.baseline)]
     order = Judged("ok", (scores[0], scores[1]))
     return order, order
 
 
-def replayed(recorded: Iterable[Judgment]) -> Callable[[Pair], Orders]:
-    """Judgments that are there, by set and id. One of answers of other lengths is of other answers, and counts for nothing."""
+def replayed(recorded: Iterable[Judgment], models: tuple[str, str]) -> Callable[[Pair], Orders]:
+    """Judgments that are there, by set and id. One of other models, or of answers of other or unknown lengths, is of other answers, and counts for nothing."""
     known = {(judgment.test_set, judgment.id): judgment for judgment in recorded}
 
     def orders(pair: Pair) -> Orders:
         judgment = known.get((pair.prompt.test_set, pair.prompt.id))
         if pair.missing or judgment is None:
             return nothing(pair.missing or "not among the recorded judgments")
-        lengths = lengths_of(pair.candidate, pair.baseline)
-        if any(judgment.lengths.get(unit, length) != length for unit, length in lengths.items()):
-            return nothing("the recorded judgment is of other answers")
+        if (of := (judgment.candidate, judgment.baseline)) not in (models, UNNAMED):
+            return nothing(f"the recorded judgment is of '{of[0]}' against '{of[1]}'")
+        if any(judgment.lengths.get(unit) != length for unit, length in lengths_of(pair.candidate, pair.baseline).items()):
+            return nothing("the recorded judgment is of answers of other or unknown lengths")
         return judgment.orders
 
     return orders

@@ -19,7 +19,9 @@ from phased_ift_jax.records import Judged, Judgment, UserError
 
 UNITS = ("characters", "words", "tokens")
 LOWEST, HIGHEST = 0.0, 10.0
+LONGEST = 2**53  # up to which a float tells whole numbers apart
 FIRST = ("candidate", "baseline")  # whose answer came first, in each order
+UNNAMED = ("Answer1", "Answer2")  # candidate and baseline in a recorded log, which names no models
 NAMES = ("id", "set", "candidate", "baseline", "judge")
 
 
@@ -62,10 +64,9 @@ def read_judgments(path: Path, judge: str = "") -> list[Judgment]:
         whole = json.loads(text)
     except ValueError:
         whole = None
-    if isinstance(whole, dict) and "data" in whole:
-        return _recorded(whole, path, judge or path.stem)
-    found = []
-    for number, line in enumerate(text.split("\n"), 1):
+    is_log = isinstance(whole, dict) and "data" in whole
+    found = _recorded(whole, path, judge or path.stem) if is_log else []
+    for number, line in enumerate(() if is_log else text.split("\n"), 1):
         if line.strip():
             try:
                 found.append(_judgment(json.loads(line)))
@@ -84,22 +85,25 @@ def _judgment(row: Any) -> Judgment:
     if [order["first"] for order in row["orders"]] != list(FIRST):
         raise ValueError("`orders` are not two, with the candidate's answer first and with the baseline's first")
     first, second = (_order(order) for order in row["orders"])
-    lengths = {unit: pair for unit, pair in (row.get("lengths") or {}).items() if pair is not None}
-    if not all(isinstance(pair, list) and len(pair) == 2 and all(type(length) is int and length >= 0 for length in pair) for pair in lengths.values()):
-        raise ValueError("`lengths` are not pairs of whole numbers")
+    by_unit = row.get("lengths") or {}
+    lengths = {unit: pair for unit, pair in by_unit.items() if pair is not None} if isinstance(by_unit, dict) else None
+    if lengths is None or not all(isinstance(pair, list) and len(pair) == 2 and all(type(each) is int and 0 <= each <= LONGEST for each in pair) for pair in lengths.values()):
+        raise ValueError("`lengths` are not pairs of whole numbers by unit")
     return Judgment(identifier, test_set, candidate, baseline, judge, (first, second), {unit: (pair[0], pair[1]) for unit, pair in lengths.items()})
 
 
 def _order(row: dict[str, Any]) -> Judged:
-    outcome, key = row["outcome"], row.get("key", "")
+    outcome, key, reason = row["outcome"], row.get("key", ""), row.get("reason", "")
+    if not (isinstance(key, str) and isinstance(reason, str)):
+        raise ValueError("`reason` and `key` are not texts")
     if outcome == "ok":
         order = judged(row["scores"], key)
         if order.scores is None:
             raise ValueError(order.reason)
-        return replace(order, reason=row.get("reason", ""))
+        return replace(order, reason=reason)
     if row.get("scores") is not None or not isinstance(outcome, str):
         raise ValueError(f"outcome {short(outcome)} with scores {short(row.get('scores'))}; only `ok` has scores")
-    return Judged(outcome, reason=row.get("reason", ""), key=key)
+    return Judged(outcome, reason=reason, key=key)
 
 
 def _recorded(log: dict[str, Any], path: Path, judge: str) -> list[Judgment]:
@@ -107,7 +111,7 @@ def _recorded(log: dict[str, Any], path: Path, judge: str) -> list[Judgment]:
         name, rows = str(log["Meta_Info"]["dataset_name"]), log["data"]
         answers = [(row["Answer1"], row["Answer2"], _scores(row["scores"]), _scores(row["scores_reverse"])) for row in rows]
         return [
-            Judgment(str(number), name, "Answer1", "Answer2", judge, (judged(scores), judged(reverse and reverse[::-1])), lengths_of(first, second))
+            Judgment(str(number), name, *UNNAMED, judge, (judged(scores), judged(reverse and reverse[::-1])), lengths_of(first, second))
             for number, (first, second, scores, reverse) in enumerate(answers, 1)
         ]
     except (KeyError, TypeError, AttributeError) as error:

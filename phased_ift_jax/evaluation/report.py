@@ -16,7 +16,7 @@ from scipy import stats
 
 from phased_ift_jax import config
 from phased_ift_jax.evaluation.comparison import compare, estimated
-from phased_ift_jax.evaluation.forgetting import ANSWERS, exact_match
+from phased_ift_jax.evaluation.forgetting import ANSWERS, is_exact
 from phased_ift_jax.evaluation.judgments import read_judgments
 from phased_ift_jax.evaluation.statistics import RESAMPLES
 from phased_ift_jax.evaluation.win_rate import points, scores_of
@@ -149,16 +149,11 @@ def _arms(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _side_by_side(sheet: Sequence[tuple[Path, list[Judgment]]]) -> list[list[Judgment]]:
-    """A file of prompts that a run has not goes to that run: other sets; else it is of another run: the same sets, another seed."""
-    runs: list[list[Judgment]] = []
+    """Files of the same two models are one run, of other sets each; those of other models are another run: another seed."""
+    runs: dict[tuple[str, str], list[Judgment]] = defaultdict(list)
     for _, found in sheet:
-        prompts = {(judgment.test_set, judgment.id) for judgment in found}
-        without = next((run for run in runs if not prompts & {(judgment.test_set, judgment.id) for judgment in run}), None)
-        if without is None:
-            runs.append(list(found))
-        else:
-            without += found
-    return runs
+        runs[found[0].candidate, found[0].baseline] += found
+    return list(runs.values())
 
 
 def _held_out(candidate: dict[str, Any], baseline: dict[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -197,7 +192,7 @@ def _exact(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> dict
 
     def figures(bins: Sequence[str]) -> dict[str, Any]:
         chosen = np.isin(names, bins)
-        difference = estimated([right_KP2[:, names == name, 0] - right_KP2[:, names == name, 1] for name in bins], np.nan, RESAMPLES, 0, LEVEL)
+        difference = estimated([right_KP2[:, names == name, 0] - right_KP2[:, names == name, 1] for name in bins], np.nan, RESAMPLES, 0, LEVEL, reach=1.0)
         shares = dict(zip(("candidate", "baseline"), right_KP2[:, chosen].mean((0, 1)).tolist(), strict=True))
         return {"tasks": int(chosen.sum())} | shares | {"difference": difference.pop("win_rate")} | difference
 
@@ -206,14 +201,14 @@ def _exact(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> dict
 
 
 def _right(row: Mapping[str, str]) -> bool:
-    return exact_match([(row["response"], row["answer"])]) == 1
+    return is_exact(row["response"], row["answer"])
 
 
 def _words(found: Mapping[str, Any]) -> Iterator[str]:
     candidate, baseline, exact, runs = (found[key] for key in ("candidate", "baseline", "exact_match", "pairs"))
     if exact:
-        low, high = exact["interval"] or (math.nan, math.nan)
-        said = f"{exact['difference']:+.1f} points of exact match ({LEVEL:.0%} interval {low:+.1f} to {high:+.1f}) over {exact['tasks']:,} held-out tasks"
+        between = "{:.0%} interval {:+.1f} to {:+.1f}".format(LEVEL, *exact["interval"]) if exact["interval"] else "no interval"
+        said = f"{exact['difference']:+.1f} points of exact match ({between}) over {exact['tasks']:,} held-out tasks"
         if exact["conclusion"] in ("better", "worse"):
             yield f"{candidate} is {exact['conclusion']} than {baseline}: {said}."
         else:
@@ -247,7 +242,7 @@ def _budget(arms: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]
 def _responses(path: Path) -> dict[str, Any]:
     """The answers of one model in a file, by (set, id), and how long they are."""
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         by_prompt = {(str(row["set"]), str(row["id"])): row for row in rows if isinstance(row["response"], str)}
         model = str(rows[0]["model"])
     except (OSError, ValueError, LookupError, TypeError) as error:

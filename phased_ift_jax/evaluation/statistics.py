@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special, stats
 
+from phased_ift_jax.evaluation.win_rate import overall, win_rate
+
 RESAMPLES = 10_000
 SIMILAR = (0.8, 1.25)  # ratios of lengths that count as similar
 FLAT = 12.0  # log-odds beyond which a fit has run away: the data are separated
@@ -41,6 +43,27 @@ def interval(resampled: np.ndarray, level: float = 0.95) -> tuple[float, float] 
         return None
     low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def vary(sets_KP: Sequence[np.ndarray]) -> bool:
+    """Whether points differ within a set, so that drawing them anew tells something."""
+    return any(np.unique(points_KP[~np.isnan(points_KP)]).size > 1 for points_KP in sets_KP)
+
+
+def exact_interval(sets_KP: Sequence[np.ndarray], reach: float = 0.5, level: float = 0.95) -> tuple[float, float] | None:
+    """Bounds, None without a valid pair, of a win rate whose points, from -reach to reach, are the same in all prompts of a set: no resampling tells how many others there are.
+
+    It is Clopper's and Pearson's interval of a share of which nothing was seen, with unlike prompts as far off as points can be. Valid prompts of
+    one set may weigh more than those of another; each counts as one of the heaviest.
+    """
+    rates = np.array([win_rate(points_KP) for points_KP in sets_KP])
+    known, sizes = ~np.isnan(rates), np.array([points_KP.shape[1] for points_KP in sets_KP])
+    if not known.any():
+        return None
+    valid = np.array([(~np.isnan(points_KP)).any(0).sum() for points_KP in sets_KP])
+    unseen = 1 - ((1 - level) / 2) ** (1 / (valid[known] * sizes[known].sum() / sizes[known]).min())
+    rate = overall(sets_KP)
+    return max(rate - unseen * float(rates[known].max() + reach), -reach), min(rate + unseen * float(reach - rates[known].min()), reach)
 
 
 def sign_test(wins: int, losses: int) -> float:
@@ -80,8 +103,11 @@ class Variance:
         return float(stats.norm.ppf((1 + level) / 2) + stats.norm.ppf(power)) * self.standard_error
 
 
-def variance(sets_KP: Sequence[np.ndarray]) -> Variance | None:
-    """Of the size-weighted win rate, from the prompts that are valid in every run (two-way analysis of variance, set by set); None without two of them."""
+def variance(sets_KP: Sequence[np.ndarray], reach: float = 0.5) -> Variance | None:
+    """Of the size-weighted win rate, from the prompts that are valid in every run (two-way analysis of variance, set by set); None without two of them.
+
+    Points are from -reach to reach.
+    """
     valid = [(points_KP.shape[1], points_KP[:, ~np.isnan(points_KP).any(0)]) for points_KP in sets_KP]
     valid = [(size, points_KP) for size, points_KP in valid if points_KP.shape[1]]
     freedom = sum(points_KP.shape[1] - 1 for _, points_KP in valid)
@@ -96,7 +122,7 @@ def variance(sets_KP: Sequence[np.ndarray]) -> Variance | None:
         rest_KP = points_KP - by_run_K[:, None] - by_prompt_P + points_KP.mean()
         means_K += size / prompts * by_run_K
         noise += weight * (rest_KP**2).sum() / max((runs - 1) * (count - 1), 1)
-        of_prompts += weight * (by_prompt_P.var(ddof=1) if count > 1 else 0.25)  # of one prompt, the most that points can vary
+        of_prompts += weight * (by_prompt_P.var(ddof=1) if count > 1 else reach**2)  # of one prompt, the most that points can vary
     if runs == 1:
         return Variance(None, of_prompts * prompts, of_prompts, freedom)
     seen = means_K.var(ddof=1)
