@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import abc
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -69,7 +70,7 @@ class Generator:
     def compute(self) -> Compute:
         return Compute(mesh=self.mesh)
 
-    def in_turn(self, params: Params, batches: Sequence[Sequence[Prompt]], tick: Tick = lambda tokens, ended: None) -> Iterator[list[Response]]:
+    def in_turn(self, params: Params, batches: Sequence[Sequence[Prompt]], tick: Tick = lambda tokens, ended: None) -> abc.Generator[list[Response], None, None]:
         """What `respond` makes of batch after batch; on a CPU as many at a time as it has cores, among which one token's small matmuls are hardly shared."""
         if self.compute.platform != "cpu" or (self.mesh is not None and self.mesh.size > 1):
             yield from (self.respond(params, batch, tick) for batch in batches)
