@@ -201,7 +201,9 @@ def verdict(found: Mapping[str, Any]) -> str:
             "",
             cli.table([["rule", *heads], *by_rule, *([["", *[""] * len(heads)], ["set (rule: paper)", *heads], *sets])]),
             "",
-            "win rate: points above 50 %, (win + tie/2) / valid pairs; official_script drops pairs with a score of 0 and divides by all",
+            "win rate: points above 50 %, (win + tie/2) / valid pairs of a set; of all, the sets' by their number of prompts, invalid ones too;",
+            "official_script drops pairs with a score of 0 and divides by all",
+            "better or worse: the interval leaves out zero, and so does a sign test (p < 0.05; of sets with Holm's correction)",
             *found["words"],
         ]
     )
