@@ -129,7 +129,7 @@ _as_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def quoted(record: InstructionRecord) -> str:
-    """A record as one line of JSON, in which `<`, `[INST]` and whatever is invisible are `\\u` escapes; `json.loads` gives its fields back.
+    """A record as one line of JSON, in which `<`, control words in brackets and whatever is invisible are `\\u` escapes; `json.loads` gives its fields back.
 
     One turn is `{system?, instruction, input?, response}`, several are `{system?, conversation: [{instruction, input?, response}, ...]}`; what is
     empty is left out, but for instruction and response. The id is no part of it: equal records are one question.
