@@ -396,6 +396,7 @@ def test_a_process_that_is_killed_goes_on(run: Path, questions: Path, tmp_path: 
         (["--max_new_tokens", "0"], "--max_new_tokens: 0 is not at least 1"),
         (["--max_length", "100000"], "--max_length: 100000 is more than the"),
         (["--mesh.tensor", "3"], "mesh: data 8 x fsdp 1 x tensor 3 does not make 8 devices"),
+        (["--mesh.data", "-2"], "mesh.data: input should be greater than or equal to -1, got -2"),
         (["--seed", "8"], "was made with seed 0 (asked/"),
         (["--max_new_tokens", "13"], "was made with max_new_tokens 12 (asked/"),
         (["--out", "gs://bucket/answers.jsonl"], "--out: 'gs://bucket/answers.jsonl' is in a bucket"),
