@@ -70,8 +70,8 @@ def theirs(folder: Path, prompts: list[np.ndarray], batch_size: int) -> Callable
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def generate() -> list[list[int]]:
-        found = {}
-        for batch in in_batches([len(ids) for ids in prompts], batch_size):
+        found, order = {}, sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
+        for batch in (order[start : start + batch_size] for start in range(0, len(order), batch_size)):
             longest = max(len(prompts[at]) for at in batch)
             ids = torch.tensor([[0] * (longest - len(prompts[at])) + prompts[at].tolist() for at in batch])
             mask = torch.tensor([[0] * (longest - len(prompts[at])) + [1] * len(prompts[at]) for at in batch])

@@ -299,6 +299,14 @@ def changed(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
         raise UserError("\n".join(_faults(error))) from None
 
 
+def mesh_of(values: Mapping[str, Any]) -> MeshConfig:
+    """A mesh's sizes by themselves; raises `UserError` as `load` does."""
+    try:
+        return MeshConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(_faults(error, MeshConfig, "mesh."))) from None
+
+
 def fields(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterable[tuple[str, str, str]]:
     """Every key of a run as (dotted name, default as text, description), for `--help` and for tests."""
     for name, info in section.model_fields.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -152,11 +152,10 @@ def answer(model: Model, prompts: Sequence[Prompt], settings: Settings, mesh: Me
         def given(at: int) -> generation.Prompt:
             return generation.Prompt(ids[at], min(settings.max_new_tokens, most - len(ids[at])), generation.sample_key(settings.seed, prompts[at].name))
 
-        with closing(generator.in_turn(params, [[given(at) for at in batch] for batch in left], tick)) as answered:
-            for batch, responses in zip(left, answered, strict=True):
-                for at, response in zip(batch, responses, strict=True):
-                    lines[at] = line(at, decode(response.ids, tokenizer), "eos" if response.ended else "length", len(response.ids))
-                book.add([lines[at] for at in batch])
+        for batch, responses in zip(left, generator.in_turn(params, [[given(at) for at in batch] for batch in left], tick), strict=True):
+            for at, response in zip(batch, responses, strict=True):
+                lines[at] = line(at, decode(response.ids, tokenizer), "eos" if response.ended else "length", len(response.ids))
+            book.add([lines[at] for at in batch])
     book.finish(lines)
     return lines
 
