@@ -124,7 +124,7 @@ def test_length_against_the_labels_gives_the_known_figure(shared_data: Path, tmp
     assert np.sum(found["confusion"]["by_size"], axis=0) == pytest.approx([7974, 1255], abs=60)  # many responses are equally long
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ifd_by_stories260k_gives_the_figure_of_the_docs(shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "ifd.jsonl"
     assert score_main([str(shared_data / "alpaca/random_9k.json"), "--out", str(out), "--scorer", "ifd", "--ifd_model", str(shared_data / "stories260k")]) == 0

@@ -55,7 +55,7 @@ def test_four_processes_learn_what_one_does(four, cache, tmp_path, measured):  #
     assert (four[0] / "run/trained_ids.jsonl").read_text() == (tmp_path / "run/trained_ids.jsonl").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_four_processes_end_the_whole_quickstart_as_one_process_does(cache, tmp_path, measured):  # noqa: F811
     """All 1,250 steps, against one process with as many devices whose sums go through the same library (gloo): not one bit may differ."""
     for name, processes, devices in (("four", 4, 2), ("one", 1, 8)):

@@ -252,7 +252,7 @@ def test_the_budget_is_never_exceeded(tmp_path: Path) -> None:
     _many_budgets(range(6), tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_budget_is_never_exceeded_in_a_hundred_runs(tmp_path: Path) -> None:
     _many_budgets(range(100), tmp_path)
 
