@@ -10,7 +10,7 @@ import numpy as np
 from phased_ift_jax.config import RunConfig, TrainingConfig
 from phased_ift_jax.data.batches import Steps
 from phased_ift_jax.data.dataset import Dataset
-from phased_ift_jax.data.packing import Shapes, choose_shapes
+from phased_ift_jax.data.packing import Shapes, choose_shapes, row_lengths
 from phased_ift_jax.models.decoder import DecoderConfig
 from phased_ift_jax.records import Phase, UserError
 from phased_ift_jax.training.schedule import learning_rates
@@ -32,9 +32,16 @@ class PhasePlan:
     def times_trained(self) -> np.ndarray:
         """How often each row of the dataset is trained in this phase."""
         times = np.zeros(len(self.lengths), np.int64)
-        for step in range(len(self.steps)):
-            np.add.at(times, self.steps[step], 1)
+        epochs, more = divmod(len(self.steps), self.steps.per_epoch)
+        times[self.steps.rows] = epochs
+        for step in range(len(self.steps) - more, len(self.steps)):
+            times[self.steps[step]] += 1
         return times
+
+    @cached_property
+    def row_lengths(self) -> np.ndarray:
+        """The T of every step's rows."""
+        return row_lengths([self.lengths[self.steps[step]] for step in range(len(self.steps))], self.shapes)
 
     @property
     def examples(self) -> int:
