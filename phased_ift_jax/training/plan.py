@@ -108,8 +108,8 @@ def attended_pairs(lengths: np.ndarray, window: int | None) -> np.ndarray:
 
 
 def row_price(model: DecoderConfig) -> float:
-    """The row length in tokens at which attention over the full row (12 N H L per pair) costs as much as all matmuls (6 per parameter)."""
-    return model.matmul_parameters / (2 * model.num_layers * model.num_heads * model.head_dim)
+    """The row length in tokens at which attention (12 N H L per pair, of which causality leaves every kernel half) costs as much as all matmuls (6 per parameter)."""
+    return model.matmul_parameters / (model.num_layers * model.num_heads * model.head_dim)
 
 
 def make_plan(config: RunConfig, dataset: Dataset, model: DecoderConfig, row_devices: int) -> Plan:
