@@ -276,7 +276,7 @@ def _train_phase(
         if pending is None:
             return
         (facts, metrics, votes), pending = pending, None
-        numbers = {name: float(value) for name, value in metrics.items()}
+        numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
         alive()
         if votes is not None:
             stopping, late = (bool(vote) for vote in np.asarray(votes))
