@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phased_ift_jax.data import packing, readers
+from phased_ift_jax.data import batches, packing, readers
 from phased_ift_jax.data.batches import Steps
-from phased_ift_jax.data.packing import GRANULE, Shapes, choose_shapes, first_fit, fits, group, pack, shortest_rows
+from phased_ift_jax.data.packing import GRANULE, Shapes, choose_shapes, first_fit, fits, group, pack, row_lengths, shortest_rows
 from phased_ift_jax.data.phases import plain
 from phased_ift_jax.data.tokenization import load_tokenizer, tokenize
+from phased_ift_jax.models.decoder import DecoderConfig
 from phased_ift_jax.records import PackedBatch, TokenizedExample
+from phased_ift_jax.training.plan import row_price
 
+LLAMA2_7B = DecoderConfig(32000, 4096, 11008, 32, 32, 32, 128)
 LENGTHS = st.lists(st.integers(2, 200), min_size=1, max_size=24)
 
 
@@ -108,6 +112,16 @@ def test_chosen_shapes_hold_every_step(steps: list[list[int]], multiple: int, sh
             assert max(step) <= chosen.lengths[-1]
 
 
+def test_where_epochs_meet_no_order_is_drawn_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of the next epoch are made in a thread while the last steps of one are noted: of ten million rows, a draw takes a second."""
+    drawn, steps = [], Steps(np.arange(50), 10, 3, (7, 1))
+    expected = [steps[i].tolist() for i in range(15)]
+    monkeypatch.setattr(batches, "generator", lambda *name, real=batches.generator: drawn.append(name[-1]) or real(*name))
+    steps = Steps(np.arange(50), 10, 3, (7, 1))
+    assert [(steps[i].tolist(), steps[i + 2].tolist()) for i in range(13)] == list(zip(expected, expected[2:], strict=False))
+    assert drawn == [0, 1, 2]
+
+
 # --- batches ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -183,27 +197,34 @@ def test_a_longer_row_only_adds_padding() -> None:
 
 
 @pytest.fixture(scope="module")
-def real_lengths(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+def real_lengths(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    """Tokens of every usable row under the official template and Llama-2's tokenizer."""
     folder = tmp_path_factory.mktemp("llama2")
     shutil.copy(shared_data / "llama2" / "tokenizer.model", folder)
     described = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True, "legacy": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(described), encoding="utf-8")
-    records = [plain(row) for row in readers.read(str(shared_data / "phasedsft" / "en-alpaca52k-stage3.jsonl")).records]
-    rows = tokenize(records, load_tokenizer(folder), "user_assistant", 2048)
-    return np.array([len(row.tokens) for row in rows if isinstance(row, TokenizedExample)])
+    tokenizer, found = load_tokenizer(folder), {}
+    for name in ("phasedsft/en-alpaca52k-stage3.jsonl", "alpaca/random_9k.json"):
+        records = [plain(row) for row in readers.read(str(shared_data / name)).records]
+        found[name] = np.array([len(row.tokens) for row in tokenize(records, tokenizer, "user_assistant", 2048) if isinstance(row, TokenizedExample)])
+    return found
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_rows_of_the_papers_batch_hold_little_padding(devices: int, real_lengths: np.ndarray) -> None:
-    steps = Steps(np.arange(len(real_lengths)), 128, 2, (3517, 1))
-    sizes = [real_lengths[steps[i]] for i in range(len(steps))]
-    tau = 6.6e9 / (2 * 32 * 32 * 128)  # Llama-2-7B
-    shapes = choose_shapes(sizes, devices, 4, tau)
-    assert len(shapes.lengths) <= 4
-    assert shapes.rows % devices == 0
-    taken = [min(t for t in shapes.lengths if t >= needed) for needed in shortest_rows(padded([s.tolist() for s in sizes]), shapes.rows)]
-    share = sum(map(np.sum, sizes)) / (shapes.rows * sum(taken))
-    assert share >= 0.94, (share, shapes)
+@pytest.mark.parametrize(("devices", "least"), [(1, 0.94), (8, 0.94), (16, 0.85), (32, 0.75)])
+def test_rows_of_the_papers_batch_hold_little_padding(devices: int, least: float, real_lengths: dict[str, np.ndarray], measured: Callable[[str, float], None]) -> None:
+    """Of Alpaca's hardest third and of a sample of it all, 128 examples a step, two epochs, with four shapes for Llama-2-7B. On 32 devices the longest
+    example of a step sets its row length, which leaves little more than this bound to any choice of four."""
+    for name, lengths in real_lengths.items():
+        steps = Steps(np.arange(len(lengths)), 128, 2, (3517, 1))
+        sizes = [lengths[steps[i]] for i in range(len(steps))]
+        shapes = choose_shapes(sizes, devices, 4, row_price(LLAMA2_7B))
+        assert len(shapes.lengths) <= 4
+        assert shapes.rows % devices == 0
+        taken = [min(t for t in shapes.lengths if t >= needed) for needed in shortest_rows(padded([s.tolist() for s in sizes]), shapes.rows)]
+        assert row_lengths(sizes, shapes).tolist() == taken
+        share = sum(map(np.sum, sizes)) / (shapes.rows * sum(taken))
+        measured(f"padding, {devices} devices (at most {1 - least:.2f})", 1 - share)
+        assert share >= least, (name, share, shapes)
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -46,12 +47,10 @@ class Steps:
         start = within * self.batch_size
         return self.rows[self._order(epoch)[start : start + self.batch_size]]
 
-    def _order(self, epoch: int) -> np.ndarray:
-        cached = self.__dict__.get("_cached")
-        if cached is None or cached[0] != epoch:
-            cached = (epoch, generator("order", *self.name, epoch).permutation(len(self.rows)))
-            self.__dict__["_cached"] = cached  # not a field: a memory of the last epoch drawn
-        return cached[1]
+    @cached_property
+    def _order(self) -> Callable[[int], np.ndarray]:
+        """The order of an epoch. Two are kept: batches of one epoch are made while the last steps of the one before are noted."""
+        return lru_cache(2)(lambda epoch: generator("order", *self.name, epoch).permutation(len(self.rows)))
 
 
 def batches(steps: Steps, start: int, examples: Sequence[TokenizedExample], shapes: Shapes, accumulation: int = 1) -> Iterator[PackedBatch]:

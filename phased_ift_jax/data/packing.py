@@ -13,7 +13,7 @@ import numpy as np
 
 from phased_ift_jax.records import PackedBatch, TokenizedExample
 
-GRANULE = 64  # row lengths are multiples of this
+GRANULE = 32  # row lengths are multiples of this: of 64, a step that is spread over many devices would waste twice as much
 SAMPLED_STEPS = 4096  # steps looked at to choose shapes; the longest row is made to hold all others too
 
 

@@ -10,6 +10,7 @@ import math
 import reprlib
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,7 +26,6 @@ from phased_ift_jax import pictures, processes
 from phased_ift_jax.config import RunConfig, dump
 from phased_ift_jax.data.batches import batches
 from phased_ift_jax.data.dataset import write_quarantine
-from phased_ift_jax.data.packing import row_lengths
 from phased_ift_jax.files import is_full, set_aside, sole_writer, write_whole
 from phased_ift_jax.interrupts import Stop, Stopped, watchdog
 from phased_ift_jax.models import hf_weights, hub
@@ -152,14 +152,20 @@ def _train(run: Run, results: Results, stop: Stop, profile: tuple[int, int] | No
     position = found[0] if found else Position(0, 0, 0, complete=True)
     processes.agree(lambda: _set_out(run, results, store, found, stop.since))
     books = Books(run.output, run.config.logging, (position.phase, position.step), run.config.model_dump(mode="json"), silent=not processes.first())
+    compiler = ThreadPoolExecutor(1, "compiler")
     try:
+        base, first = None, next((phase for phase in run.plan.phases if not _is_done(phase, position)), None)
+        if first and processes.alone() and run.mesh.devices.flat[0].platform != "gpu":  # which compiling times kernels on, so that nothing else may run
+            compiler.submit(_compile, first, run.trainer(first), position.step if position.phase == first.phase.index else 0, alive)
         if run.held_out and processes.agree(lambda: "base" not in results):
-            _measure(run, run.base_params(), results, "base")
+            _measure(run, base := run.base_params(), results, "base")
         for phase in run.plan.phases:
             if not _is_done(phase, position):
-                state, start = _begin(run, phase, run.trainer(phase), store, position)
+                state, start = _begin(run, phase, run.trainer(phase), store, position, base)
+                compiler.shutdown()
                 _train_phase(run, phase, run.trainer(phase), state, start, store, books, stop, profile, alive)
                 del state
+            base = None
             _finish_phase(run, phase, store, results)
         processes.agree(lambda: goodput.note(run.output, "done", time.time()) if goodput.is_running(run.output) else None)
     except BaseException as error:
@@ -219,19 +225,26 @@ def publish(run: Run) -> str | None:
     return hub.push(mirror.fetched(run.last_export), run.config.export.hub_model_id)
 
 
-def _begin(run: Run, phase: PhasePlan, trainer: Trainer, store: Checkpoints, position: Position) -> tuple[TrainState, int]:
-    """The state that a phase starts (or goes on) with, and the steps it has done."""
+def _begin(run: Run, phase: PhasePlan, trainer: Trainer, store: Checkpoints, position: Position, base: Params | None) -> tuple[TrainState, int]:
+    """The state that a phase starts (or goes on) with, and the steps it has done. `base`: the run's first weights, where they are there."""
     store.wait()
     if position.phase == phase.phase.index:
         path = store.root / phase.phase.folder / str(position.step)
         return load_arrays(path, trainer.shapes, trainer.shardings), position.step
     if phase.phase.index == 1:
-        return trainer.fresh(run.base_params()), 0
+        return trainer.fresh(run.base_params() if base is None else base), 0
     before = store.of_phase(run.plan.phases[phase.phase.index - 2].phase.folder)
     assert before is not None, "a phase starts only after the one before it was saved"
     if run.config.curriculum.optimizer_state == "keep":
         return load_arrays(before, trainer.shapes, trainer.shardings), 0
     return trainer.fresh(load_arrays(before, {"params": trainer.shapes.params}, {"params": trainer.shardings.params})["params"]), 0
+
+
+def _compile(phase: PhasePlan, trainer: Trainer, start: int, alive: Callable[[], None]) -> None:
+    """Compile the train step for every row length of a phase from step `start` on; what was compiled before costs nothing."""
+    for length in dict.fromkeys(phase.row_lengths[start:].tolist()):
+        trainer.compile_step(phase.shapes.rows, length, phase.training.gradient_accumulation_steps)
+        alive()
 
 
 def _train_phase(
@@ -249,10 +262,7 @@ def _train_phase(
     """Train the steps of a phase from `start` on, saving as configured, and at its end."""
     steps, rates = phase.steps, phase.learning_rates
     before = sum(len(earlier.steps) for earlier in run.plan.phases[: phase.phase.index - 1])
-    for length in dict.fromkeys(row_lengths([phase.lengths[steps[step]] for step in range(start, len(steps))], phase.shapes).tolist()):
-        # now, when nothing is unsaved: a request to stop need not wait for a compilation
-        trainer.compile_step(phase.shapes.rows, length, phase.training.gradient_accumulation_steps)
-        alive()
+    _compile(phase, trainer, start, alive)  # now, when nothing is unsaved: a request to stop need not wait for a compilation
     rate, saved_at, saved_step = Rate(run.mesh.devices.flat[0].device_kind, run.mesh.size), time.monotonic(), start
     source = batches(steps, start, run.dataset.examples, phase.shapes, phase.training.gradient_accumulation_steps)
     pending: tuple[dict[str, Any], dict[str, jax.Array], jax.Array | None] | None = None
@@ -266,7 +276,7 @@ def _train_phase(
         if pending is None:
             return
         (facts, metrics, votes), pending = pending, None
-        numbers = {name: float(value) for name, value in metrics.items()}
+        numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
         alive()
         if votes is not None:
             stopping, late = (bool(vote) for vote in np.asarray(votes))
@@ -328,8 +338,7 @@ def _finish_phase(run: Run, phase: PhasePlan, store: Checkpoints, results: Resul
     measure, export = processes.agree(lambda: _what_is_missing(run, phase, results, destination))
     if not (measure or export):
         return
-    path = store.of_phase(phase.phase.folder)
-    if path is None:
+    if (path := store.of_phase(phase.phase.folder)) is None:
         raise UserError(f"output_dir: the checkpoint at the end of {phase.phase.folder} is gone, from which it is to be evaluated or exported; restore it, or start with --fresh")
     if measure:
         trainer = run.trainer(phase)

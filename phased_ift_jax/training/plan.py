@@ -10,7 +10,7 @@ import numpy as np
 from phased_ift_jax.config import RunConfig, TrainingConfig
 from phased_ift_jax.data.batches import Steps
 from phased_ift_jax.data.dataset import Dataset
-from phased_ift_jax.data.packing import Shapes, choose_shapes
+from phased_ift_jax.data.packing import Shapes, choose_shapes, row_lengths
 from phased_ift_jax.models.decoder import DecoderConfig
 from phased_ift_jax.records import Phase, UserError
 from phased_ift_jax.training.schedule import learning_rates
@@ -32,9 +32,16 @@ class PhasePlan:
     def times_trained(self) -> np.ndarray:
         """How often each row of the dataset is trained in this phase."""
         times = np.zeros(len(self.lengths), np.int64)
-        for step in range(len(self.steps)):
-            np.add.at(times, self.steps[step], 1)
+        epochs, more = divmod(len(self.steps), self.steps.per_epoch)
+        times[self.steps.rows] = epochs
+        for step in range(len(self.steps) - more, len(self.steps)):
+            times[self.steps[step]] += 1
         return times
+
+    @cached_property
+    def row_lengths(self) -> np.ndarray:
+        """The T of every step's rows."""
+        return row_lengths([self.lengths[self.steps[step]] for step in range(len(self.steps))], self.shapes)
 
     @property
     def examples(self) -> int:
@@ -101,8 +108,8 @@ def attended_pairs(lengths: np.ndarray, window: int | None) -> np.ndarray:
 
 
 def row_price(model: DecoderConfig) -> float:
-    """The row length in tokens at which attention over the full row (12 N H L per pair) costs as much as all matmuls (6 per parameter)."""
-    return model.matmul_parameters / (2 * model.num_layers * model.num_heads * model.head_dim)
+    """The row length in tokens at which attention (12 N H L per pair, of which causality leaves every kernel half) costs as much as all matmuls (6 per parameter)."""
+    return model.matmul_parameters / (model.num_layers * model.num_heads * model.head_dim)
 
 
 def make_plan(config: RunConfig, dataset: Dataset, model: DecoderConfig, row_devices: int) -> Plan:

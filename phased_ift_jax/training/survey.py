@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from phased_ift_jax import cli
 from phased_ift_jax.config import RunConfig
 from phased_ift_jax.data.dataset import Dataset, prepare
-from phased_ift_jax.data.packing import row_lengths
 from phased_ift_jax.data.tokenization import load_tokenizer
 from phased_ift_jax.models.attention import implementation
 from phased_ift_jax.models.decoder import parameter_shapes
@@ -143,5 +142,4 @@ def outline(run: Survey) -> dict[str, Any]:
 
 def real_token_share(phase: PhasePlan) -> float:
     """Share of the positions of a phase's packed rows that are no padding."""
-    steps = [phase.lengths[phase.steps[step]] for step in range(len(phase.steps))]
-    return phase.tokens / (phase.shapes.rows * int(row_lengths(steps, phase.shapes).sum()))
+    return phase.tokens / (phase.shapes.rows * int(phase.row_lengths.sum()))

@@ -22,7 +22,6 @@ import numpy as np
 from phased_ift_jax import cli
 from phased_ift_jax.chips import CHIPS, GIB, Chip
 from phased_ift_jax.config import changed
-from phased_ift_jax.data.packing import row_lengths
 from phased_ift_jax.models.decoder import DecoderConfig
 from phased_ift_jax.records import Failure, UserError
 from phased_ift_jax.sharding import batch_rows, make_mesh, mesh_sizes
@@ -240,7 +239,7 @@ def estimate(run: Survey, topology: Topology, compiled: Compiled, usd_per_chip_h
     per_step = seconds(compiled.rows, compiled.length)
     total = own = 0.0
     for phase in run.plan.phases:
-        lengths, counts = np.unique(row_lengths([phase.lengths[phase.steps[step]] for step in range(len(phase.steps))], phase.shapes), return_counts=True)
+        lengths, counts = np.unique(phase.row_lengths, return_counts=True)
         for length, count in zip(lengths.tolist(), counts.tolist(), strict=True):
             total += count * max(seconds(phase.shapes.rows, length).values())
         own += phase.flops(model)
