@@ -17,11 +17,14 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phased_ift_jax import cli
 from phased_ift_jax.chips import peak_flops
 from phased_ift_jax.xla_flags import set_flags
+
+if TYPE_CHECKING:
+    from phased_ift_jax.records import PackedBatch
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs/llama2_7b_h200.yaml"
 LLAMA2_7B = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_layers": 32, "num_heads": 32, "num_kv_heads": 32, "head_dim": 128}
@@ -68,27 +71,34 @@ def attention(name: str, kv_heads: int, window: int | None, length: int, head_di
     return {"kernel": name, "kv_heads": kv_heads, "window": window, "off": off, "limit": limit, "right": off <= limit}
 
 
-def training(sizes: dict[str, int], rows: int, length: int, steps: int) -> dict[str, Any]:
-    """Tokens a second and peak memory of a run's own steps, each of `rows` rows of `length` tokens."""
+def full_rows(vocabulary: int, rows: int, length: int) -> PackedBatch:
+    """One example a row, of random tokens, all of them trained."""
+    import numpy as np
+
+    from phased_ift_jax.records import PackedBatch
+
+    shape = (1, rows, length)
+    tokens = np.random.default_rng(0).integers(0, vocabulary, shape, np.int32)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
+    return PackedBatch(tokens, np.roll(tokens, -1, 2), np.ones(shape, np.float32), np.ones(shape, np.int32), positions)
+
+
+def training(sizes: dict[str, int], steps: int, given: PackedBatch) -> dict[str, Any]:
+    """Tokens a second and peak memory of a run's own steps, each with this batch: real tokens count, no padding."""
     import jax
     import numpy as np
 
     from phased_ift_jax import config
     from phased_ift_jax.models.decoder import DecoderConfig
-    from phased_ift_jax.records import PackedBatch
     from phased_ift_jax.sharding import make_mesh, put
     from phased_ift_jax.training.step import BATCH_DIMS, trainer_of
 
     run = config.load(CONFIG)
     mesh, model = make_mesh(run.mesh, jax.devices()[:1]), DecoderConfig(**sizes)  # type: ignore[arg-type]
     trainer = trainer_of(run.model, model, run.training, mesh)
-    rng, shape = np.random.default_rng(0), (1, rows, length)
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
-
-    def batch() -> PackedBatch:
-        tokens = rng.integers(0, model.vocab_size, shape, np.int32)
-        return put(PackedBatch(tokens, np.roll(tokens, -1, 2), np.ones(shape, np.float32), np.ones(shape, np.int32), positions), BATCH_DIMS, mesh)
-
+    _, rows, length = given.tokens_BT.shape
+    tokens = int((given.segments_BT > 0).sum())
+    square = int(((2 * given.positions_BT + 1) * (given.segments_BT > 0)).sum())  # of each example's length, added up
     began = time.perf_counter()
     trainer.compile_step(rows, length, 1)
     compiled = time.perf_counter() - began
@@ -97,18 +107,19 @@ def training(sizes: dict[str, int], rows: int, length: int, steps: int) -> dict[
         if step == WARM_UP:
             jax.block_until_ready(state)
             began = time.perf_counter()
-        state, metrics = trainer.step(state, batch(), rate)
+        state, metrics = trainer.step(state, put(given, BATCH_DIMS, mesh), rate)
         losses.append(metrics["loss"])
     jax.block_until_ready(state)
     seconds = (time.perf_counter() - began) / steps
-    speed, attended = rows * length / seconds, rows * length * length
+    speed = tokens / seconds
     kind = jax.devices()[0].device_kind
     peak = peak_flops(kind, 1)
-    full, causal = (model.train_flops(rows * length, pairs) / seconds for pairs in (attended, attended // 2))
+    full, causal = (model.train_flops(tokens, attended) / seconds for attended in (square, square / 2))
     memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return {
         "rows": rows,
         "length": length,
+        "tokens": tokens,
         "steps": steps,
         "compile_seconds": round(compiled, 1),
         "step_seconds": seconds,
@@ -129,7 +140,7 @@ def fitting(sizes: dict[str, int], rows: int, length: int, steps: int) -> dict[s
 
     while True:
         try:
-            return training(sizes, rows, length, steps)
+            return training(sizes, steps, full_rows(sizes["vocab_size"], rows, length))
         except JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or rows == 1:
                 raise

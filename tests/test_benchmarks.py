@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CHECK = ROOT / "benchmarks/gpu_check.sh"
+CHECK, SPEED = ROOT / "benchmarks/gpu_check.sh", ROOT / "benchmarks/gpu_speed.sh"
 
 
 def start(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -36,6 +36,18 @@ def test_the_gpu_check_goes_its_whole_way(tmp_path: Path) -> None:
     assert "WRONG" not in done.stdout
 
 
+def test_the_gpu_speed_goes_its_whole_way(tmp_path: Path) -> None:
+    """Both sides of one kind of step, each in processes of its own; both count the same tokens, and the first loss is that of weights that know nothing."""
+    pytest.importorskip("torch", reason="PyTorch is not installed: the other side was not run")
+    done = start(SPEED, "--tiny", "--steps", "1", "--kinds", "alpaca", OUT=str(tmp_path), TORCH_PYTHON=sys.executable, TORCHDYNAMO_DISABLE="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    [result] = json.loads((tmp_path / "gpu_speed.json").read_text())["results"]
+    assert set(result["sides"]) == {"ours", "theirs, float32 weights", "theirs, bfloat16 weights"}
+    assert len({side[0]["tokens"] for side in result["sides"].values()}) == 1
+    assert all(abs(side[0]["loss_last"] - 6.24) < 0.2 for side in result["sides"].values()), "ln 512"
+    assert result["times"] == pytest.approx(result["medians"]["ours"] / max(speed for side, speed in result["medians"].items() if side != "ours"))
+
+
 def test_a_kernel_that_is_wrong_is_found() -> None:
     """One that does not see where examples end, and one whose window is off by one."""
     program = """
@@ -53,7 +65,7 @@ def test_without_a_gpu_it_refuses_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     for tool in ("bash", "dirname", "env"):
         (tmp_path / "bin" / tool).symlink_to(shutil.which(tool) or tool)
-    for done in (start(CHECK, PATH=str(tmp_path / "bin")), start(sys.executable, CHECK.with_suffix(".py"), PYTHONPATH=str(ROOT))):
+    for done in (start(SPEED, PATH=str(tmp_path / "bin")), start(CHECK, PATH=str(tmp_path / "bin")), start(sys.executable, CHECK.with_suffix(".py"), PYTHONPATH=str(ROOT))):
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith("error: ")
         assert done.stderr.count("\n") == 1
@@ -62,6 +74,6 @@ def test_without_a_gpu_it_refuses_in_a_line(tmp_path: Path) -> None:
 def test_shellcheck_has_nothing_to_say() -> None:
     checker = shutil.which("shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     assert checker, "shellcheck is missing: it comes with '.[test]'"
-    done = start(checker, CHECK)
+    done = start(checker, CHECK, SPEED)
     assert done.returncode == 0, done.stdout
-    assert os.access(CHECK, os.X_OK)
+    assert all(os.access(script, os.X_OK) for script in (CHECK, SPEED))
