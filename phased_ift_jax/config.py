@@ -391,4 +391,4 @@ def _fault(item: Any, location: tuple[int | str, ...], root: type[BaseModel], pr
         return f"{dotted}: should be a mapping of keys, got {given!r}"
     message = item["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
     message = message[:1].lower() + message[1:]
-    return f"{dotted}: {message}" + ("" if isinstance(given, dict | BaseModel) else f", got {given!r}")
+    return (f"{dotted}: " if dotted else "") + message + ("" if isinstance(given, dict | BaseModel) else f", got {given!r}")
