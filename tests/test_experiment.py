@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -315,6 +316,9 @@ def test_how_a_childs_end_is_told(code, end, tried, rows, tmp_path, monkeypatch)
     assert not (tmp_path / "exp/report.json").exists()
 
 
+PAIR = ["phased", "reversed"]  # whose steps have the same shapes, so that they are compiled once
+
+
 def verb(folder: Path, *words: str) -> subprocess.Popen:
     environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
@@ -347,48 +351,54 @@ def figures(folder: Path) -> str:
 @pytest.fixture(scope="module")
 def undisturbed(rows, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    written(folder, rows)
+    written(folder, rows, arms=PAIR)
     said = ended(verb(folder))
-    assert "Phased against one-off: " in said
+    assert "Order: phased against the reversed order: " in said
     return folder
 
 
 def test_the_folder_describes_itself_and_the_report_has_the_attribution(undisturbed):
     made = undisturbed / "exp"
-    assert {path.name for path in made.iterdir()} == {"experiment.yaml", "phased", "one_off", "report.html", "report.json", "attribution.json"}
+    assert {path.name for path in made.iterdir()} == {"experiment.yaml", *PAIR, "report.html", "report.json", "attribution.json"}
     found, told = (json.loads((made / name).read_text()) for name in ("report.json", "attribution.json"))
     assert found["attribution"] == told
-    assert [(arm["name"], arm["seeds"]) for arm in found["arms"]] == [("phased", [1, 2]), ("one_off", [1, 2])]
-    last = {(arm, seed): json.loads((made / arm / f"seed{seed}/run/forgetting.json").read_text())["rows"][-1]["loss"] for arm in ("phased", "one_off") for seed in (1, 2)}
-    total = lines(told)["total"]
-    for name, row in total["loss"]["bins"].items():
-        assert row["by_seed"] == [last["one_off", seed][name] - last["phased", seed][name] for seed in (1, 2)]
+    assert [(arm["name"], arm["seeds"]) for arm in found["arms"]] == [(arm, [1, 2]) for arm in PAIR]
+    last = {(arm, seed): json.loads((made / arm / f"seed{seed}/run/forgetting.json").read_text())["rows"][-1]["loss"] for arm in PAIR for seed in (1, 2)}
+    line = lines(told)["reversal"]
+    for name, row in line["loss"]["bins"].items():
+        assert row["by_seed"] == [last["reversed", seed][name] - last["phased", seed][name] for seed in (1, 2)]
         assert row["interval"][0] < row["gain"] < row["interval"][1]
     page = (made / "report.html").read_text()
     assert 'id="attribution"' in page
-    assert f"{total['loss']['mean']['gain']:+.3f}".replace("-", "\N{MINUS SIGN}") in page
-    budgets = {arm: json.loads((made / arm / "seed1/run/plan.json").read_text())["budget"] for arm in ("phased", "one_off")}
-    assert total["budget"]["optimizer_steps"] == budgets["phased"]["optimizer_steps"] / budgets["one_off"]["optimizer_steps"] - 1
+    assert f">{line['loss']['mean']['gain']:+.3f}<".replace("-", "\N{MINUS SIGN}") in page
+    budgets = {arm: json.loads((made / arm / "seed1/run/plan.json").read_text())["budget"] for arm in PAIR}
+    assert line["budget"]["optimizer_steps"] == budgets["phased"]["optimizer_steps"] / budgets["reversed"]["optimizer_steps"] - 1
 
 
-def test_a_second_run_does_nothing(undisturbed):
+def test_a_second_run_does_nothing(undisturbed, monkeypatch, capsys):
+    monkeypatch.chdir(undisturbed)
+    monkeypatch.setattr(experiment.subprocess, "Popen", None)
     before = files(undisturbed)
-    said = ended(verb(undisturbed))
-    assert "training" not in said.partition("Phased against")[0]
+    assert experiment.main(["experiment.yaml"]) == 0
+    assert capsys.readouterr().out.startswith("Phased against")
     assert files(undisturbed) == before
 
 
 MOMENTS = [  # (what is there when the end comes, how it comes, the words of that start)
     ("exp/phased/seed1/run/config.yaml", signal.SIGKILL, ("--shard", "0/2")),
     ("exp/phased/seed1/run/newest_checkpoint", signal.SIGTERM, ("--shard", "0/2")),
-    ("exp/phased/seed1/run/checkpoints/3-hard", signal.SIGKILL, ("--shard", "0/2")),
-    ("exp/one_off/seed1/run/metrics.jsonl", signal.SIGKILL, ("--shard", "1/2")),
+    ("exp/reversed/seed1/run/metrics.jsonl", signal.SIGKILL, ("--shard", "1/2")),
 ]
 
 
-def test_killed_at_any_moment_in_two_shards_it_ends_with_the_same_report(undisturbed, rows, tmp_path):
-    """SIGKILL goes to the whole group; SIGTERM to the verb alone, which has its child save and stop."""
-    written(tmp_path, rows)
+def test_killed_at_any_moment_in_two_shards_it_ends_with_the_same_report(undisturbed, rows, tmp_path, monkeypatch):
+    """SIGKILL goes to the whole group; SIGTERM to the verb alone, which has its child save and stop. One seed of the undisturbed cells is the same experiment."""
+    one_seed = tmp_path / "undisturbed"
+    shutil.copytree(undisturbed, one_seed)
+    written(one_seed, rows, arms=PAIR, seeds=[1])
+    monkeypatch.chdir(one_seed)
+    assert experiment.main(["experiment.yaml", "--report_only"]) == 0
+    written(tmp_path, rows, arms=PAIR, seeds=[1])
     for path, number, words in MOMENTS:
         process, until = verb(tmp_path, *words), time.monotonic() + 120
         while process.poll() is None and not (tmp_path / path).exists() and time.monotonic() < until:
@@ -398,11 +408,11 @@ def test_killed_at_any_moment_in_two_shards_it_ends_with_the_same_report(undistu
         said = process.communicate(timeout=120)[0]
         assert process.returncode == (-number if number == signal.SIGKILL else 75), said
         assert not (tmp_path / "exp/report.json").exists()
-    assert "2 of 4 cells are done; whoever is last reports" in ended(verb(tmp_path, "--shard", "0/2"))
+    assert "1 of 2 cells are done; whoever is last reports" in ended(verb(tmp_path, "--shard", "0/2"))
     assert not (tmp_path / "exp/report.json").exists()
     ended(verb(tmp_path, "--shard", "1/2"))
-    assert figures(tmp_path) == figures(undisturbed)
-    assert (tmp_path / "exp/attribution.json").read_bytes() == (undisturbed / "exp/attribution.json").read_bytes()
+    assert figures(tmp_path) == figures(one_seed)
+    assert (tmp_path / "exp/attribution.json").read_bytes() == (one_seed / "exp/attribution.json").read_bytes()
 
 
 def test_done_cells_of_other_settings_are_refused(undisturbed, monkeypatch):
@@ -414,20 +424,22 @@ def test_done_cells_of_other_settings_are_refused(undisturbed, monkeypatch):
     assert files(undisturbed) == before
 
 
-def test_what_is_asked_is_answered_judged_and_attributed(undisturbed, rows, tmp_path):
+def test_what_is_asked_is_answered_judged_and_attributed(undisturbed, rows, tmp_path, monkeypatch):
     """Of the cells that are trained: two arms with one seed, by reference."""
-    subprocess.run(["cp", "-a", str(undisturbed / "exp"), str(tmp_path / "exp")], check=True)
+    shutil.copytree(undisturbed / "exp", tmp_path / "exp")
     asked = [json.loads(line)["data"] for line in rows.read_text().splitlines()[:3]]
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps({"id": str(i), "instruction": task, "output": answer}) + "\n" for i, (task, answer) in enumerate(asked)))
-    written(tmp_path, rows, seeds=[1], evaluation={"prompts": ["tasks=tasks.jsonl"], "max_new_tokens": 2, "max_length": 64, "judging": {"judge": "exact"}})
+    judging = {"prompts": ["tasks=tasks.jsonl"], "max_new_tokens": 2, "max_length": 64, "judging": {"judge": "exact"}, "baseline": "reversed"}
+    written(tmp_path, rows, arms=PAIR, seeds=[1], evaluation=judging)
     said = ended(verb(tmp_path))
-    assert [word for word in ("training", "answering", "judging") if f": {word}\n" in said] == ["answering", "judging"]
+    assert re.findall(r": (training|answering|judging)\n", said) == ["answering", "answering", "judging"]
     found = json.loads((tmp_path / "exp/report.json").read_text())
-    assert len(found["comparisons"]) == 1
-    win_rate = lines(found["attribution"])["total"]["win_rate"]
+    (compared,) = found["comparisons"]
+    win_rate = lines(found["attribution"])["reversal"]["win_rate"]
     assert (win_rate["prompts"], win_rate["seeds"]) == (3, [1])
-    assert win_rate["gain"] == found["comparisons"][0]["headline"]["win_rate"]
-    assert "points of win rate" in found["words"][0]
+    assert win_rate["gain"] == compared["headline"]["win_rate"]
+    assert "points of win rate" in lines(found["attribution"])["reversal"]["words"]
     before = files(tmp_path)
-    ended(verb(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert experiment.main(["experiment.yaml"]) == 0
     assert files(tmp_path) == before
