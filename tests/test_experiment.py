@@ -384,27 +384,27 @@ def test_a_second_run_does_nothing(undisturbed, monkeypatch, capsys):
     assert files(undisturbed) == before
 
 
-MOMENTS = [  # (what is there when the end comes, how it comes, the words of that start)
-    ("exp/phased/seed1/run/config.yaml", signal.SIGKILL, ("--shard", "0/2")),
-    ("exp/phased/seed1/run/newest_checkpoint", signal.SIGTERM, ("--shard", "0/2")),
-    ("exp/reversed/seed1/run/metrics.jsonl", signal.SIGKILL, ("--shard", "1/2")),
+MOMENTS = [  # (what is there when the end comes, how it comes and to whom, the words of that start)
+    ("exp/phased/seed1/run/config.yaml", signal.SIGKILL, os.killpg, ("--shard", "0/2")),
+    ("exp/phased/seed1/run/newest_checkpoint", signal.SIGTERM, os.kill, ("--shard", "0/2")),
+    ("exp/reversed/seed1/run/metrics.jsonl", signal.SIGKILL, os.kill, ("--shard", "1/2")),
 ]
 
 
 def test_killed_at_any_moment_in_two_shards_it_ends_with_the_same_report(undisturbed, rows, tmp_path, monkeypatch):
-    """SIGKILL goes to the whole group; SIGTERM to the verb alone, which has its child save and stop. One seed of the undisturbed cells is the same experiment."""
+    """Of the whole group or the verb alone, whose child ends with it (SIGTERM: saves and stops). One seed of the undisturbed cells is the same experiment."""
     one_seed = tmp_path / "undisturbed"
     shutil.copytree(undisturbed, one_seed)
     written(one_seed, rows, arms=PAIR, seeds=[1])
     monkeypatch.chdir(one_seed)
     assert experiment.main(["experiment.yaml", "--report_only"]) == 0
     written(tmp_path, rows, arms=PAIR, seeds=[1])
-    for path, number, words in MOMENTS:
+    for path, number, kill, words in MOMENTS:
         process, until = verb(tmp_path, *words), time.monotonic() + 120
         while process.poll() is None and not (tmp_path / path).exists() and time.monotonic() < until:
             time.sleep(0.02)
         assert process.poll() is None, process.communicate()[0]
-        os.killpg(process.pid, number) if number == signal.SIGKILL else os.kill(process.pid, number)
+        kill(process.pid, number)
         said = process.communicate(timeout=120)[0]
         assert process.returncode == (-number if number == signal.SIGKILL else 75), said
         assert not (tmp_path / "exp/report.json").exists()
