@@ -26,12 +26,12 @@ from phased_ift_jax import arms, cli
 from phased_ift_jax.arms import Cell, Experiment
 from phased_ift_jax.files import write_whole
 from phased_ift_jax.interrupts import STOPPED, Stop, Stopped, listening
+from phased_ift_jax.processes import DIED_WITH_PARENT
 from phased_ift_jax.records import Failure, UserError
 
 if TYPE_CHECKING:
     from phased_ift_jax.training.survey import Survey
 
-DIED_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 HOST = {"data": 1, "fsdp": 1, "tensor": 1}  # a mesh of one device: rows, steps and budgets do not depend on it
 
 

@@ -71,8 +71,8 @@ def test_planted_effects_are_recovered():
             assert len(figures["by_seed"]) == 5
             if gain:
                 assert figures["conclusion"] == ("better" if gain > 0 else "worse"), what
-    assert f"a gain of {found['order']['loss']['mean']['gain']:+.3f} of mean held-out loss" in found["order"]["words"]
-    assert "worse, -0.1" in found["selection"]["words"]
+    assert f"better, a gain of {found['order']['loss']['mean']['gain']:+.3f} nats in mean held-out loss" in found["order"]["words"]
+    assert "worse, a gain of -0.1" in found["selection"]["words"]
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
@@ -134,7 +134,7 @@ def test_win_rates_are_paired_by_seed_and_prompt():
     assert found["order"]["win_rate"]["conclusion"] == "better"
     assert found["reversal"]["win_rate"]["conclusion"] == "within_noise"
     assert found["length"]["win_rate"] is None
-    assert f"{rate['phased'] - rate['random']:+.1f} points of win rate" in found["order"]["words"]
+    assert f"{rate['phased'] - rate['random']:+.1f} points in win rate" in found["order"]["words"]
 
 
 # --- the grid ------------------------------------------------------------------------------------------------------------------------
@@ -438,7 +438,7 @@ def test_what_is_asked_is_answered_judged_and_attributed(undisturbed, rows, tmp_
     win_rate = lines(found["attribution"])["reversal"]["win_rate"]
     assert (win_rate["prompts"], win_rate["seeds"]) == (3, [1])
     assert win_rate["gain"] == compared["headline"]["win_rate"]
-    assert "points of win rate" in lines(found["attribution"])["reversal"]["words"]
+    assert "points in win rate" in lines(found["attribution"])["reversal"]["words"]
     before = files(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert experiment.main(["experiment.yaml"]) == 0

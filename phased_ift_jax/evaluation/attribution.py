@@ -87,14 +87,14 @@ def _points(judgments: Sequence[Judgment]) -> dict[tuple[str, str], float]:
 
 def _said(line: Mapping[str, Any]) -> Iterator[str]:
     """What a line says, in words."""
-    measured = [(line["loss"]["mean"], 3, "of mean held-out loss", line["loss"]["seeds"])] if line["loss"] else []
-    measured += [(line["win_rate"], 1, "points of win rate", line["win_rate"]["seeds"])] if line["win_rate"] else []
+    measured = [(line["loss"]["mean"], 3, "nats in mean held-out loss", line["loss"]["seeds"])] if line["loss"] else []
+    measured += [(line["win_rate"], 1, "points in win rate", line["win_rate"]["seeds"])] if line["win_rate"] else []
     for figures, digits, unit, seeds in measured:
-        said = f"{figures['gain']:+.{digits}f} {unit}" if figures["gain"] is not None else f"no {unit}"
+        said = f"a gain of {figures['gain']:+.{digits}f} {unit}" if figures["gain"] is not None else f"no {unit}"
         if figures["interval"]:
             over = f"{len(seeds)} seeds" if len(seeds) > 1 else "prompts of one seed"
             said += " ({:.0%} interval {:+.{d}f} to {:+.{d}f} over {})".format(LEVEL, *figures["interval"], over, d=digits)
-        yield {"better": "a gain of ", "worse": "worse, ", "within_noise": "within noise, "}.get(figures["conclusion"], "") + said
+        yield {"no_verdict": ""}.get(figures["conclusion"], figures["conclusion"].replace("_", " ") + ", ") + said
         if len(seeds) == 1 and not figures["interval"]:
             yield "one seed, so no interval: nothing says whether that is more than noise"
     if not measured:
