@@ -30,6 +30,7 @@ VERBS = {  # in the order in which one comes to need them
     "convert": "models between Hugging Face folders and orbax checkpoints",
     "generate": "answers of a model to prompts",
     "judge": "which of two models answers better, and how sure that is",
+    "experiment": "arms x seeds of one run: train, answer, judge, report, and what the gain is made of",
     "report": "one page that says whether it helped: win rates, curves, forgetting, budgets, examples",
 }
 

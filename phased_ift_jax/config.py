@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -21,6 +21,7 @@ from phased_ift_jax.records import UserError
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 FloatType = Literal["float32", "bfloat16"]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$"  # of bins and phases: they become folders
+S = TypeVar("S", bound="Section")
 TEMPLATES = ("user_assistant", "alpaca", "llama2_chat", "mistral_instruct", "tokenizer")
 
 
@@ -55,22 +56,6 @@ class ModelConfig(Section):
     )
 
 
-class DataConfig(Section):
-    """What is read, and how text becomes rows of tokens."""
-
-    path: str | tuple[str, ...] = Field(description="file, several files, folder or glob, on a disk or gs://, hub name (org/name) or tfds:name; json, jsonl, csv or parquet")
-    split: str = Field("train", description="split of a hub or TFDS dataset; all: every split of a TFDS one")
-    prompt_template: Literal[TEMPLATES] = Field("user_assistant", description="user_assistant is the paper's; tokenizer takes the tokenizer's own chat template")  # type: ignore[valid-type]
-    append_period: bool = Field(False, description="raw Alpaca triples only: end an instruction that has no period with one, as the paper's data preparation did")
-    max_length: int = Field(2048, gt=1, description="tokens of one example, prompt and response; longer ones are truncated or quarantined")
-    truncation: Literal["truncate", "quarantine"] = Field("truncate", description="what happens to a response that does not fit in max_length")
-    packing: bool = Field(True, description="pack the examples of a step into as few rows as fit; changes speed, not the result")
-    packing_shapes: int = Field(4, ge=1, le=16, description="how many row lengths the train step may be compiled for")
-    eval_size: int = Field(256, ge=0, description="held-out rows of each bin, never trained")
-    eval_seed: int = Field(0, description="draws the held-out rows; they do not depend on arm, order or seed")
-    max_quarantined: Share = Field(0.01, description="share of rows that may be quarantined before the run refuses to start")
-
-
 class Bins(Section):
     """How rows are put into bins of difficulty: `by` a measure, or `from` a file that lists them; exactly one."""
 
@@ -98,6 +83,24 @@ class Bins(Section):
         if self.names is not None and len(self.names) != len(set(self.names)):
             raise ValueError(f"two bins have the same name: {list(self.names)}")
         return self
+
+
+class DataConfig(Section):
+    """What is read, and how text becomes rows of tokens."""
+
+    path: str | tuple[str, ...] = Field(description="file, several files, folder or glob, on a disk or gs://, hub name (org/name) or tfds:name; json, jsonl, csv or parquet")
+    split: str = Field("train", description="split of a hub or TFDS dataset; all: every split of a TFDS one")
+    prompt_template: Literal[TEMPLATES] = Field("user_assistant", description="user_assistant is the paper's; tokenizer takes the tokenizer's own chat template")  # type: ignore[valid-type]
+    append_period: bool = Field(False, description="raw Alpaca triples only: end an instruction that has no period with one, as the paper's data preparation did")
+    max_length: int = Field(2048, gt=1, description="tokens of one example, prompt and response; longer ones are truncated or quarantined")
+    truncation: Literal["truncate", "quarantine"] = Field("truncate", description="what happens to a response that does not fit in max_length")
+    packing: bool = Field(True, description="pack the examples of a step into as few rows as fit; changes speed, not the result")
+    packing_shapes: int = Field(4, ge=1, le=16, description="how many row lengths the train step may be compiled for")
+    eval_size: int = Field(256, ge=0, description="held-out rows of each bin, never trained")
+    eval_seed: int = Field(0, description="draws the held-out rows; they do not depend on arm, order or seed")
+    eval_bins: Bins | None = Field(None, description="bins that held-out rows and a sample are drawn from and measured by; default: curriculum.bins")
+    sample_size: int | None = Field(None, ge=1, description="train so many rows only, held-out ones not counted: of each bin its share, always the same ones; null: all")
+    max_quarantined: Share = Field(0.01, description="share of rows that may be quarantined before the run refuses to start")
 
 
 class PhaseConfig(BaseModel):
@@ -266,6 +269,14 @@ def load(path: str | Path, overrides: Iterable[tuple[str, str]] = ()) -> RunConf
     Raises:
         UserError: no such file, not YAML, an unknown key, a value of the wrong kind; one line for each fault.
     """
+    tree = read(path)
+    for key, text in overrides:
+        set_key(tree, key, text)
+    return valid(RunConfig, tree)
+
+
+def read(path: str | Path, keys: str = "output_dir, model, data") -> dict[str, Any]:
+    """A YAML file's mapping, which has keys such as these; raises `UserError` where it is none."""
     try:
         local = pictures.copy(str(path), "config") if pictures.is_ours(str(path)) else Path(path)
         tree = yaml.safe_load(local.read_text(encoding="utf-8"))
@@ -274,14 +285,16 @@ def load(path: str | Path, overrides: Iterable[tuple[str, str]] = ()) -> RunConf
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config: '{path}' is not YAML: " + " ".join(str(error).split())) from None
     if not isinstance(tree, dict):
-        raise UserError(f"config: '{path}' must be a mapping of keys such as output_dir, model, data")
-    for key, text in overrides:
-        _set(tree, key, text)
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise UserError("\n".join(_faults(error))) from None
+        raise UserError(f"config: '{path}' must be a mapping of keys such as {keys}")
+    return tree
 
+
+def valid(kind: type[S], tree: Any, prefix: str = "") -> S:
+    """A group of keys from what a YAML says of it; raises `UserError`, one line for each fault, where its keys have that prefix."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("\n".join(_faults(error, kind, prefix))) from None
 
 def dump(config: RunConfig) -> str:
     """The resolved run as YAML; `load` of it gives an equal value."""
@@ -292,19 +305,8 @@ def changed(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """The same run with other values of some dotted keys; raises `UserError` as `load` does."""
     tree = config.model_dump(mode="json", by_alias=True)
     for key, value in values.items():
-        _set(tree, key, yaml.safe_dump(value))
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise UserError("\n".join(_faults(error))) from None
-
-
-def mesh_of(values: Mapping[str, Any]) -> MeshConfig:
-    """A mesh's sizes by themselves; raises `UserError` as `load` does."""
-    try:
-        return MeshConfig.model_validate(values)
-    except ValidationError as error:
-        raise UserError("\n".join(_faults(error, MeshConfig, "mesh."))) from None
+        set_key(tree, key, yaml.safe_dump(value))
+    return valid(RunConfig, tree)
 
 
 def fields(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterable[tuple[str, str, str]]:
@@ -333,7 +335,8 @@ def unknown_key_message(key: str, known: Iterable[str], prefix: str = "") -> str
     return f"unknown key {prefix}{key}" + (f"; did you mean {last[near[0]]}?" if near else f"; known here: {', '.join(known)}")
 
 
-def _set(tree: dict[str, Any], dotted: str, text: str) -> None:
+def set_key(tree: dict[str, Any], dotted: str, text: str) -> None:
+    """Put a YAML value at a dotted key."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -369,7 +372,8 @@ def _location(loc: tuple[int | str, ...], root: type[BaseModel]) -> tuple[int | 
 
 def _section(section: type[BaseModel], key: int | str) -> type[BaseModel] | None:
     info = section.model_fields.get(str(key))
-    return info.annotation if info and isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel) else None
+    kinds = (info.annotation, *get_args(info.annotation)) if info else ()
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _fault(item: Any, location: tuple[int | str, ...], root: type[BaseModel], prefix: str) -> str:
@@ -387,4 +391,4 @@ def _fault(item: Any, location: tuple[int | str, ...], root: type[BaseModel], pr
         return f"{dotted}: should be a mapping of keys, got {given!r}"
     message = item["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
     message = message[:1].lower() + message[1:]
-    return f"{dotted}: {message}" + ("" if isinstance(given, dict | BaseModel) else f", got {given!r}")
+    return (f"{dotted}: " if dotted else "") + message + ("" if isinstance(given, dict | BaseModel) else f", got {given!r}")

@@ -79,7 +79,7 @@ def _generate(args: Any) -> int:
     one = InstructionRecord("1", (Turn(args.prompt or "", ""),), Source("--prompt", 1))
     prompts = readers.read(args.prompts) if args.prompts else [readers.Prompt("prompt", one, {})]
     settings = answers.Settings(**{name: getattr(args, name) for name in answers.Settings.__dataclass_fields__})
-    mesh = make_mesh(config.mesh_of({axis: getattr(args, f"mesh.{axis}") for axis in ("data", "fsdp", "tensor")}))
+    mesh = make_mesh(config.valid(config.MeshConfig, {axis: getattr(args, f"mesh.{axis}") for axis in ("data", "fsdp", "tensor")}, "mesh."))
     with answers.opened(args.model) as model:
         if args.prompt is not None:
             line = answers.answer(model, prompts, settings, mesh, 1, answers.Book(), lambda tokens, ended: None)[0]

@@ -15,12 +15,13 @@ import pydantic
 import pytest
 import yaml
 
-from phased_ift_jax import cli, config, train
+from phased_ift_jax import arms, cli, config, train
 from phased_ift_jax.config import FOREIGN_KEYS, RunConfig
 from phased_ift_jax.records import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("tests/configs/**/*.yaml")])
+EXPERIMENTS = sorted(ROOT.glob("configs/experiments/*.yaml"))
+CONFIGS = sorted({*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("tests/configs/**/*.yaml")} - {*EXPERIMENTS})
 KEYS = {name: (default, description) for name, default, description in config.fields()}
 RUN: dict[str, Any] = {
     "output_dir": "out",
@@ -71,6 +72,12 @@ def value_of(run: RunConfig, key: str) -> object:
 def test_a_dumped_run_loads_as_the_same_run(path: Path, yaml_file: Callable[[str], str]) -> None:
     run = config.load(path)
     assert config.load(yaml_file(config.dump(run))) == run
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_a_dumped_experiment_loads_as_the_same_experiment(path: Path, yaml_file: Callable[[str], str]) -> None:
+    experiment = arms.load(str(path))
+    assert arms.load(yaml_file(arms.dump(experiment))) == experiment
 
 
 def test_a_dumped_run_holds_every_key(load: Callable[..., RunConfig]) -> None:

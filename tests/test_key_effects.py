@@ -110,6 +110,8 @@ PREPARED = {
     "data.packing_shapes": ("plan", {"data.packing_shapes": 1}, WIDE),
     "data.eval_size": ("held out", {"data.eval_size": 3}),
     "data.eval_seed": ("held out", {"data.eval_seed": 1}),
+    "data.eval_bins": ("held out", {"data.eval_bins": {"by": "length", "thresholds": [4]}}),
+    "data.sample_size": ("plan", {"data.sample_size": 30}),
     "curriculum.arm": ("plan", {"curriculum.arm": "one_off"}),
     "curriculum.bins.by": ("plan", {"curriculum.bins": {"by": "length", "thresholds": [1.5, 3.5]}}, {"data.eval_size": 0, "curriculum.order": [2]}),
     "curriculum.bins.thresholds": ("plan", {"curriculum.bins.thresholds": [2.0, 3.5]}, {"data.eval_size": 0}),

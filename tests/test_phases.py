@@ -315,6 +315,39 @@ def test_held_out_rows_are_the_same_for_all_and_trained_by_none(prepare: Callabl
     assert set(ids(base, np.flatnonzero(prepare(data={"eval_seed": 1}).held_out))) != set(held)
 
 
+def test_a_sample_is_of_trained_rows_in_the_bins_own_proportions(prepare: Callable[..., Dataset]) -> None:
+    whole = prepare()
+    held, trained = ids(whole, np.flatnonzero(whole.held_out)), {i for phase in whole.phases for i in ids(whole, phase.rows)}
+    seen = set()
+    for size in (30, 60, len(trained)):
+        for seed, keys in ((1, {}), (2, {"order": [3, 2, 1]}), (3, {"arm": "one_off"}), (4, {"arm": "random"})):
+            made = prepare(seed, {"sample_size": size}, **keys)
+            assert ids(made, np.flatnonzero(made.held_out)) == held, "held-out rows do not depend on the sample"
+            sampled = [i for phase in made.phases for i in ids(made, phase.rows)]
+            assert len(sampled) == len(set(sampled)) == size
+            assert set(sampled) <= trained
+            seen.add((size, *sorted(sampled)))
+            for number, (some, all_) in enumerate(zip(made.counts, whole.counts, strict=True), 1):
+                assert (some.read, some.quarantined, some.held_out) == (all_.read, all_.quarantined, all_.held_out)
+                assert some.read == some.used + some.left_out + some.quarantined
+                assert abs((some.used - 5) - size * (all_.used - 5) / len(trained)) <= 1, number
+    assert len(seen) == 3, "one sample of a size, whatever arm, order and seed"
+    with pytest.raises(UserError, match=rf"data.sample_size: {len(trained) + 1} rows, and there are {len(trained)} to train"):
+        prepare(data={"sample_size": len(trained) + 1})
+
+
+def test_bins_of_their_own_keep_held_out_rows_and_sample_when_phases_go_by_something_else(prepare: Callable[..., Dataset]) -> None:
+    by_score = {"by": "score", "thresholds": [1.5, 3.5], "names": list(NAMES)}
+    base = prepare(data={"sample_size": 60})
+    other = prepare(data={"sample_size": 60, "eval_bins": by_score}, bins={"by": "length", "quantiles": [0.5]})
+    assert [len(phase.rows) for phase in other.phases] != [len(phase.rows) for phase in base.phases]
+    assert other.eval_bin_names == base.bin_names
+    for number in (1, 2, 3):
+        assert ids(other, other.held_out_rows(number)) == ids(base, base.held_out_rows(number))
+    rows = [sorted(i for phase in made.phases for i in ids(made, phase.rows)) for made in (base, other)]
+    assert rows[0] == rows[1]
+
+
 def test_more_held_out_rows_than_a_bin_has_leave_an_empty_phase(prepare: Callable[..., Dataset]) -> None:
     with pytest.raises(UserError, match=r"phase 'stage1' is empty.*data.eval_size") as caught:
         prepare(data={"eval_size": 60})

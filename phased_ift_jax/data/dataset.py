@@ -13,7 +13,7 @@ import numpy as np
 
 from phased_ift_jax.config import CurriculumConfig, DataConfig
 from phased_ift_jax.data import readers
-from phased_ift_jax.data.phases import Curriculum, assign_bins, curriculum_of, draw_phases, hold_out, plain
+from phased_ift_jax.data.phases import Curriculum, assign_bins, curriculum_of, draw_phases, draw_sample, hold_out, plain
 from phased_ift_jax.data.tfds_folders import in_order
 from phased_ift_jax.data.tokenization import tokenize
 from phased_ift_jax.files import write_whole
@@ -22,7 +22,7 @@ from phased_ift_jax.records import InstructionRecord, Phase, Quarantined, Scored
 
 @dataclass(frozen=True)
 class BinCount:
-    """What became of the rows of one bin; `read == used + quarantined`, and `truncated` and `held_out` are parts of `used`."""
+    """What became of the rows of one bin; `read == used + left_out + quarantined`, and `truncated` and `held_out` are parts of `used`."""
 
     name: str
     read: int
@@ -30,6 +30,7 @@ class BinCount:
     truncated: int
     quarantined: int
     held_out: int
+    left_out: int  # of the sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,8 @@ class Dataset:
     examples: tuple[TokenizedExample, ...]
     bin_of: np.ndarray  # from 1
     bin_names: tuple[str, ...]
+    eval_bin_of: np.ndarray  # the bins by which held-out rows are measured
+    eval_bin_names: tuple[str, ...]
     held_out: np.ndarray  # bool
     phases: tuple[Phase, ...]
     curriculum: Curriculum
@@ -56,8 +59,8 @@ class Dataset:
         return hashlib.sha256(self.data_hash.encode() + self.bin_of.tobytes() + self.held_out.tobytes()).hexdigest()
 
     def held_out_rows(self, bin_number: int) -> np.ndarray:
-        """Positions of the held-out rows of a bin (from 1)."""
-        return np.flatnonzero(self.held_out & (self.bin_of == bin_number))
+        """Positions of the held-out rows of one of the bins by which they are measured (from 1)."""
+        return np.flatnonzero(self.held_out & (self.eval_bin_of == bin_number))
 
 
 def prepare(data: DataConfig, curriculum: CurriculumConfig, seed: int, tokenizer: Any) -> Dataset:
@@ -74,39 +77,44 @@ def prepare(data: DataConfig, curriculum: CurriculumConfig, seed: int, tokenizer
         _refuse_if_many([*reading.quarantined, *(result for result in results if isinstance(result, Quarantined))], reading.rows, data.max_quarantined)
     files = in_order(plain(record).source.path for record in records)
     binning = assign_bins(curriculum.bins, records, examples, files)
-    usable = np.array([example is not None for example in examples]) & (binning.bin_of > 0)
+    measured = assign_bins(data.eval_bins, records, examples, files) if data.eval_bins else binning
+    usable = np.array([example is not None for example in examples]) & (binning.bin_of > 0) & (measured.bin_of > 0)
     truncated = np.array([example is not None and example.truncated for example in examples])
 
     quarantined = list(reading.quarantined)
-    for record, result, bin_number in zip(records, results, binning.bin_of, strict=True):
+    for record, result, *numbers in zip(records, results, binning.bin_of, measured.bin_of, strict=True):
         if isinstance(result, Quarantined):
             quarantined.append(result)
-        elif bin_number == 0:
-            quarantined.append(Quarantined(plain(record).source, plain(record).id, binning.unbinned))
+        elif 0 in numbers:
+            quarantined.append(Quarantined(plain(record).source, plain(record).id, measured.unbinned if numbers[0] else binning.unbinned))
     _refuse_if_many(quarantined, reading.rows, data.max_quarantined)
 
     data_hash = hash_of(records)
-    held = hold_out(binning.bin_of, usable, data_hash, data.eval_size, data.eval_seed)
+    held = hold_out(measured.bin_of, usable, data_hash, data.eval_size, data.eval_seed)
+    used = held | draw_sample(measured.bin_of, usable & ~held, data_hash, data.sample_size, data.eval_seed)
     counts = tuple(
         BinCount(
             name=name,
             read=int((binning.bin_of == b).sum()),
-            used=int(((binning.bin_of == b) & usable).sum()),
-            truncated=int(((binning.bin_of == b) & usable & truncated).sum()),
+            used=int(((binning.bin_of == b) & used).sum()),
+            truncated=int(((binning.bin_of == b) & used & truncated).sum()),
             quarantined=int(((binning.bin_of == b) & ~usable).sum()),
             held_out=int(((binning.bin_of == b) & held).sum()),
+            left_out=int(((binning.bin_of == b) & usable & ~used).sum()),
         )
         for b, name in enumerate(binning.names, 1)
     )
-    kept = np.flatnonzero(usable)
+    kept = np.flatnonzero(used)
     bin_of, held = binning.bin_of[kept], held[kept]
     phased = curriculum_of(curriculum.model_copy(update={"arm": "phased"}), binning.names)
     matrix = curriculum_of(curriculum, binning.names)
     return Dataset(
         records=tuple(plain(records[row]) for row in kept),
-        examples=tuple(example for example, good in zip(examples, usable, strict=True) if example is not None and good),
+        examples=tuple(example for example, good in zip(examples, used, strict=True) if example is not None and good),
         bin_of=bin_of,
         bin_names=binning.names,
+        eval_bin_of=measured.bin_of[kept],
+        eval_bin_names=measured.names,
         held_out=held,
         phases=draw_phases(matrix, curriculum.arm, bin_of, ~held, seed),
         curriculum=matrix,

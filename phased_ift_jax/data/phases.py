@@ -85,6 +85,25 @@ def hold_out(bin_of: np.ndarray, usable: np.ndarray, data_hash: str, eval_size: 
     return held
 
 
+def draw_sample(bin_of: np.ndarray, free: np.ndarray, data_hash: str, size: int | None, seed: int) -> np.ndarray:
+    """Mark `size` of the free rows (None: all), of each bin its share, from (data hash, seed) alone.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    if size is None:
+        return free
+    if size > free.sum():
+        raise UserError(f"data.sample_size: {size:,} rows, and there are {free.sum():,} to train; give no more, or null for all")
+    rank, place = generator("sample", data_hash, seed).permutation(len(bin_of)), np.full(len(bin_of), np.inf)
+    for number in np.unique(bin_of[free]):
+        rows = np.flatnonzero((bin_of == number) & free)
+        place[rows[np.argsort(rank[rows])]] = (np.arange(len(rows)) + 0.5) / len(rows)  # how far into its bin: the first `size` of all are each bin's share
+    drawn = np.zeros(len(bin_of), bool)
+    drawn[np.lexsort((rank, place))[:size]] = True
+    return drawn
+
+
 def curriculum_of(config: CurriculumConfig, names: Sequence[str]) -> Curriculum:
     """The matrix of the phased arm, or its one row of ones for one_off.
 

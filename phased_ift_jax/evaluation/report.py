@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from phased_ift_jax import config
 from phased_ift_jax.evaluation.comparison import compare, estimated
 from phased_ift_jax.evaluation.forgetting import ANSWERS, is_exact
 from phased_ift_jax.evaluation.judgments import read_judgments
-from phased_ift_jax.evaluation.statistics import RESAMPLES
+from phased_ift_jax.evaluation.statistics import ALIKE, RESAMPLES, student
 from phased_ift_jax.evaluation.win_rate import points, scores_of
 from phased_ift_jax.records import Judgment, UserError
 
@@ -26,18 +25,21 @@ POINTS = 240  # of a run's curve at most
 EXAMPLES, TEXTS = 1200, 3_000_000  # side by side at most, and bytes of them in the page
 CUTS = (4000, 2000, 1000, 500, 250, 100)  # characters after which an answer is cut, so that all fit
 LEVEL = 0.95
-ALIKE = 0.01  # difference of budgets above which two arms are no fair comparison
 PAPER = Path(__file__).with_name("paper.json")
 VERDICTS = {0.5: "win", 0.0: "tie", -0.5: "lose"}
 
 
-def gather(runs: Sequence[tuple[str, Path]], judgments: Sequence[Sequence[Path]] = (), answers: Sequence[Path] = (), judge: str = "") -> dict[str, Any]:
+def gather(
+    runs: Sequence[tuple[str, Path]], judgments: Sequence[Sequence[Path]] = (), answers: Sequence[Path] = (), judge: str = "", named: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """A report on runs, each (name to show, folder); `judgments` are files of one comparison each, of several sets, several seeds, or both.
+
+    `named`: the arm of each run by the run's name, where that is known; else the settings tell.
 
     Raises:
         UserError: a folder holds no run, a file is not what it should be, or judgments cannot be compared.
     """
-    read = [_run(name, folder) for name, folder in runs]
+    read = [_run(name, folder) | ({"arm": named[name], "alike": named[name]} if named else {}) for name, folder in runs]
     arms = _arms(read)
     sheets = [[(path, read_judgments(path, judge)) for path in paths] for paths in judgments]
     compared = [compare(*_side_by_side(sheet)) | {"files": [str(path) for path, _ in sheet]} for sheet in sheets]
@@ -51,6 +53,7 @@ def gather(runs: Sequence[tuple[str, Path]], judgments: Sequence[Sequence[Path]]
     held_out = [_held_out(arms[0], other, read) for other in arms[1:]]
     return {
         "words": [word for one in compared or held_out for word in one["words"]] or _alone(read),
+        "attribution": None,
         "arms": arms,
         "runs": [{key: value for key, value in run.items() if key not in ("answers", "alike")} for run in read],
         "comparisons": compared,
@@ -174,11 +177,9 @@ def _losses(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> dic
     table = {}
     for name in bins:
         both_K2 = np.array([[loss[name] for loss in pair] for pair in last])
-        differences_K = both_K2[:, 0] - both_K2[:, 1]
-        mean, runs = float(differences_K.mean()), len(differences_K)
-        half = float(stats.t.ppf((1 + LEVEL) / 2, runs - 1) * stats.sem(differences_K)) if runs > 1 else None
+        difference, interval = student(both_K2[:, 0] - both_K2[:, 1], LEVEL)
         candidate, baseline = both_K2.mean(0).tolist()
-        table[name] = {"candidate": candidate, "baseline": baseline, "difference": mean, "interval": None if half is None else [mean - half, mean + half]}
+        table[name] = {"candidate": candidate, "baseline": baseline, "difference": difference, "interval": interval}
     return table
 
 

@@ -15,6 +15,7 @@ from phased_ift_jax.evaluation.win_rate import overall, win_rate
 
 RESAMPLES = 10_000
 SIMILAR = (0.8, 1.25)  # ratios of lengths that count as similar
+ALIKE = 0.01  # difference of budgets above which two arms are no fair comparison
 FLAT = 12.0  # log-odds beyond which a fit has run away: the data are separated
 
 
@@ -43,6 +44,15 @@ def interval(resampled: np.ndarray, level: float = 0.95) -> tuple[float, float] 
         return None
     low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def student(values_K: np.ndarray, level: float = 0.95) -> tuple[float, list[float] | None]:
+    """The mean of K figures, and Student's interval of it, for which two are needed."""
+    mean = float(values_K.mean())
+    if len(values_K) < 2:
+        return mean, None
+    half = float(stats.t.ppf((1 + level) / 2, len(values_K) - 1) * stats.sem(values_K))
+    return mean, [mean - half, mean + half]
 
 
 def vary(sets_KP: Sequence[np.ndarray]) -> bool:

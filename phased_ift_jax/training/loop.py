@@ -80,7 +80,7 @@ class Run(Survey):
     @cached_property
     def held_out(self) -> list[tuple[str, np.ndarray]]:
         """(bin name, positions of its held-out rows), bins without any left out."""
-        rows = [(name, self.dataset.held_out_rows(b)) for b, name in enumerate(self.dataset.bin_names, 1)]
+        rows = [(name, self.dataset.held_out_rows(b)) for b, name in enumerate(self.dataset.eval_bin_names, 1)]
         return [(name, held) for name, held in rows if len(held)]
 
 

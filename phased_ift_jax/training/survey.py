@@ -61,9 +61,9 @@ def describe(run: Survey, device: str) -> str:
     """What will be trained, in tables: rows by bin, phases, row shapes, budget, and the policy between phases."""
     data, plan, curriculum = run.dataset, run.plan, run.config.curriculum
     binless = data.rows_read - sum(count.read for count in data.counts)
-    truncated = sum(count.truncated for count in data.counts)
-    bins = [["bin", "rows", "used", "truncated", "quarantined", "held out"]]
-    bins += [[c.name, c.read, c.used, c.truncated, c.quarantined, c.held_out] for c in data.counts]  # type: ignore[list-item]
+    truncated, left_out = (sum(getattr(count, name) for count in data.counts) for name in ("truncated", "left_out"))
+    columns = ["name", "read", "used", "truncated", "quarantined", "held_out", *["left_out"] * bool(left_out)]
+    bins = [["bin", "rows", *(name.replace("_", " ") for name in columns[2:])], *([getattr(count, name) for name in columns] for count in data.counts)]
     phases = [["phase", "rows", "epochs", "steps", "tokens", "response tokens", "real tokens", "lr first", "lr peak", "lr last"]]
     for row, share in zip(plan.rows(), map(real_token_share, plan.phases), strict=True):
         rates = [f"{row[name]:.3g}" for name in ("lr_first", "lr_peak", "lr_last")]
@@ -75,7 +75,9 @@ def describe(run: Survey, device: str) -> str:
         + (", deterministic" if run.config.training.deterministic else ""),
         f"held    {_held(run.config)}; for the backward pass {KEPT[run.config.model.gradient_checkpointing]} (gradient_checkpointing {run.config.model.gradient_checkpointing})",
         f"mesh    {mesh} on {device}",
-        f"data    {data.rows_read} rows read = {data.rows_read - len(data.quarantined) - truncated} used whole + {truncated} truncated + {len(data.quarantined)} quarantined"
+        f"data    {data.rows_read} rows read = {data.rows_read - len(data.quarantined) - truncated - left_out} used whole + {truncated} truncated + "
+        + (f"{left_out} left out of the sample + " if left_out else "")
+        + f"{len(data.quarantined)} quarantined"
         + (f" ({binless} of them in no bin)" if binless else ""),
         "",
         cli.table(bins),
