@@ -56,8 +56,8 @@ def main(argv: Sequence[str]) -> int:
     surveys, findings, fitted = [], [], []
     for path in options.configs:
         loaded = config.load(path, overrides)
-        devices = len(target.devices) if target else options.devices or _devices()
-        surveys.append(survey(loaded, mesh_sizes(loaded.mesh, devices)))
+        devices, platform = (len(target.devices), "tpu") if target else (options.devices, None) if options.devices else _devices()
+        surveys.append(survey(loaded, mesh_sizes(loaded.mesh, devices), platform))
         findings.append(examine(surveys[-1]))
         if target:
             compiled, found = topologies.examine(surveys[-1], target, options.usd_per_chip_hour, lambda line: print(line, file=sys.stderr, flush=True))
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps({"runs": [run | ({"topology": fitted[number]} if target else {}) for number, run in enumerate(told)]}))
     else:
         for number, (path, run, found) in enumerate(zip(options.configs, surveys, findings, strict=True)):
-            print(("\n" if number else "") + (f"{path}\n" if len(surveys) > 1 else "") + describe(run, where, "tpu" if target else None))
+            print(("\n" if number else "") + (f"{path}\n" if len(surveys) > 1 else "") + describe(run, where))
             print(_sizes(facts(run)))
             if target:
                 print("\n" + topologies.describe(fitted[number]))
@@ -83,11 +83,12 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _devices() -> int:
+def _devices() -> tuple[int, str]:
+    """How many devices this machine has, and what they are."""
     import jax
 
     try:
-        return jax.device_count()
+        return jax.device_count(), jax.default_backend()
     except RuntimeError as error:
         raise UserError(f"this machine's devices cannot be asked ({' '.join(str(error).split())[:120]}); say how many to plan for with --devices") from None
 

@@ -64,7 +64,7 @@ def _train(run_config: RunConfig, fresh: bool, profile: tuple[int, int] | None, 
             print(f"the run that was in '{run_config.output_dir}' is now in '{before}'", flush=True)
         stop.farewell = "stopped with everything saved; the same command without --fresh goes on"
     device = run.mesh.devices.flat[0]
-    told = [describe(run, device.device_kind, device.platform), *(f"flags   {line}" for line in flags), f"cache   {compilation_cache.ready(compiled)}"]
+    told = [describe(run, device.device_kind), *(f"flags   {line}" for line in flags), f"cache   {compilation_cache.ready(compiled)}"]
     print("\n".join(told), flush=True)
     results = Results(ForgettingMatrix(run.output / "forgetting.json"))
     loop.train(run, results, stop, profile)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 
 # before jax is imported by anything: jax reads these once
@@ -77,6 +78,14 @@ def compilation_cache() -> Iterator[None]:
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_end_with_their_file() -> Iterator[None]:
+    """What a file of tests has compiled goes with it: each program is mapped into memory some ten times, and at 65,530 mappings a process dies."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture

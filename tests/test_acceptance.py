@@ -36,7 +36,7 @@ def readme_command() -> list[str]:
     return shlex.split(line.split("&&")[-1])[1:]
 
 
-@pytest.mark.parametrize(("seed", "easy"), [(3517, 0.75), pytest.param(1, 0.60, marks=SLOW), pytest.param(2, 0.60, marks=SLOW)])
+@pytest.mark.parametrize(("seed", "easy"), [(3517, 0.75), pytest.param(1, 0.60, marks=pytest.mark.long), pytest.param(2, 0.60, marks=pytest.mark.long)])
 def test_quickstart_learns_in_three_phases_and_exports(tmp_path, seed, easy):
     command = readme_command() + (["--seed", str(seed)] if seed != 3517 else [])
     told = run_command(command, tmp_path / "run")

@@ -67,8 +67,10 @@ def differentiated(attend, window):
 
 
 def output_and_gradients(attend, inputs, window, cotangent):
-    gradients, y = differentiated(attend, window)(*inputs, cotangent)
-    return y, gradients
+    """Outputs, zero where there is padding, whose own mean nothing, and the gradients of what is left."""
+    real = (inputs[3] != 0)[..., None, None]
+    gradients, y = differentiated(attend, window)(*inputs, cotangent * real)
+    return jnp.where(real, y, 0), gradients
 
 
 def off(got: jax.Array, want: jax.Array) -> float:
@@ -165,8 +167,19 @@ def test_a_window_of_w_is_w_keys_the_own_included(name, window, T):
 def test_a_row_of_padding_gives_finite_numbers(name):
     q, k, v, segments = drawn(np.random.default_rng(5), 200, 2, 1, 8, B=2)
     q, k, v, segments = (x.at[1].set(0) for x in (q, k, v, segments))
-    for leaf in jax.tree.leaves(output_and_gradients(KERNELS[name], (q, k, v, segments), 50, jnp.ones(q.shape))):
+    for leaf in jax.tree.leaves(differentiated(KERNELS[name], 50)(q, k, v, segments, jnp.ones(q.shape))):
         assert np.isfinite(leaf).all()
+
+
+def test_blocks_that_no_query_sees_are_not_computed():
+    """Examples of at most 64 tokens in a row of 1,024: of each block of queries two blocks of keys, not all before it, whatever these hold."""
+    q, k, v, _ = drawn(np.random.default_rng(9), 1024, 2, 1, 8)
+    segments = jnp.asarray(np.arange(1024)[None] // 50 + 1)
+    far = jnp.arange(1024)[None, :, None, None] < 1024 - 3 * 64
+    attend = jax.jit(functools.partial(attend_packed, window=None))
+    wrong = attend(q, jnp.where(far, jnp.nan, k), jnp.where(far, jnp.nan, v), segments)  # a masked NaN is no longer 0 times something, where it is computed with
+    assert (wrong[:, -64:] == attend(q, k, v, segments)[:, -64:]).all()
+    assert np.isnan(wrong[:, :64]).all()
 
 
 def tiny(gradient_checkpointing: str, attn_implementation: str):
@@ -201,7 +214,7 @@ def test_what_is_saved_of_splash_attention_is_not_computed_again(gradient_checkp
 def test_save_attention_saves_one_output_of_each_kernel(capsys):
     """Not the kernel's and its copy in another order: with splash that is its output and its log-sum-exp, with others the output."""
     params = decoder.parameter_shapes(TINY, jnp.dtype("float32"))
-    for name, saved in {"splash": ["f32[2,2,4,128,64]", "f32[2,2,4,128]"], "xla": ["f32[2,2,72,4,8]"], "reference": ["f32[2,2,72,4,8]"]}.items():
+    for name, saved in {"splash": ["f32[2,2,4,128,64]", "f32[2,2,4,128]"], "xla": ["f32[2,2,2,2,128,8]", "f32[2,2,2,2,128]"], "reference": ["f32[2,2,72,4,8]"]}.items():
         jax.ad_checkpoint.print_saved_residuals(tiny("save_attention", name), params)
         lines = capsys.readouterr().out.splitlines()
         kept = [line.split()[0] for line in lines if line.startswith("f32[2,2,") and "argument" not in line]

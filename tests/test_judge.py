@@ -311,7 +311,7 @@ def test_a_forecast_knows_that_some_questions_get_no_reply(tmp_path: Path, judge
     assert "from 40 questions drawn at random" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("each", [10, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("each", [10, pytest.param(None, marks=pytest.mark.long)])
 def test_batches_judge_as_live_questions_do(each: int | None, tmp_path: Path, shared_data: Path, judged: Callable[..., int]) -> None:
     files = two(tmp_path, prompts(shared_data, each))
     for mode in ("live", "batch"):
@@ -325,7 +325,7 @@ def test_batches_judge_as_live_questions_do(each: int | None, tmp_path: Path, sh
     assert 0 < counts_of(tmp_path / "live.jsonl")["invalid"] < len(lines(tmp_path / "live.jsonl")) / 2
 
 
-@pytest.mark.parametrize(("kills", "each"), [(3, 20), pytest.param(20, None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "each"), [(3, 20), pytest.param(20, None, marks=pytest.mark.long)])
 def test_killed_at_any_moment_nothing_is_lost_or_billed_twice_and_the_judgments_are_the_same(kills: int, each: int | None, tmp_path: Path, shared_data: Path) -> None:
     asked = prompts(shared_data, each)
     files, chance = two(tmp_path, asked), random.Random(kills)

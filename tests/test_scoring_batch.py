@@ -467,7 +467,7 @@ def test_a_run_that_is_killed_is_as_one_that_is_not(tmp_path: Path) -> None:
     assert killed_and_not(tmp_path, seed=1, kills=3).total() > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_twenty_five_kills(tmp_path: Path) -> None:
     moments, seed = Counter[str](), 100
     while moments.total() < 25:

@@ -45,7 +45,7 @@ def ask(requests: list[Request], path: Path, url: str, limit: float | None = Non
 # --- faults --------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [200, pytest.param(5000, marks=pytest.mark.long)])
 def test_with_a_fifth_of_faults_every_record_is_scored_or_listed_and_no_answer_is_asked_for_again(
     count: int, tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,7 +166,7 @@ def test_what_a_model_does_not_take_is_left_out_or_told(
 # --- kills and stops -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.long)])
 def test_killed_at_any_moment_nothing_is_billed_twice_and_the_file_is_the_same(kills: int, tmp_path: Path, shared_data: Path) -> None:
     data = some_data(tmp_path / "data.jsonl", shared_data, 40 * kills + 80)
     options = {"faults": 0.2, "seed": 7, "latency": 0.2, "jitter": 0.9, "retry_after": 0.2}

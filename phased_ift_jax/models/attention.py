@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from phased_ift_jax.models.blocks import attend_packed
 from phased_ift_jax.models.kernels import attend_cudnn, attend_splash, refusal, visible
 
 Kernel = Callable[..., jax.Array]  # called as `attend_packed` is
@@ -86,28 +87,6 @@ def rotate(x_BTNH: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Arra
     cos, sin = rotation
     first, second = jnp.split(x_BTNH, 2, axis=-1)
     return x_BTNH * cos + jnp.concatenate([-second, first], axis=-1) * sin
-
-
-def attend_packed(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, window: int | None) -> jax.Array:
-    """Causal attention inside the examples of packed rows: each query sees its own example, up to itself, `window` keys at most.
-
-    A window of W is W keys, the query's own included, as in transformers. Queries go in blocks, each over only those keys that causality
-    and window leave it, and recomputed in the backward pass: half the work of a full square, and no (T, T) array is ever kept.
-    """
-    T = q_BTNH.shape[1]
-    size = max(64, -(-T // 512) * 32)  # at most 16 blocks, so that the compiled step stays small
-    outputs = []
-    for start in range(0, T, size):
-        queries = slice(start, min(T, start + size))
-        keys = slice(0 if window is None else max(0, start - window + 1), queries.stop)
-
-        def block(q: jax.Array, k: jax.Array, v: jax.Array, query_segments: jax.Array, key_segments: jax.Array, queries: slice = queries, keys: slice = keys) -> jax.Array:
-            distance_TS = jnp.arange(queries.start, queries.stop)[:, None] - jnp.arange(keys.start, keys.stop)
-            seen_TS = (distance_TS >= 0) & (distance_TS < (window or T))
-            return attend(q, k, v, seen_TS & (query_segments[:, :, None] == key_segments[:, None, :]))
-
-        outputs.append(jax.checkpoint(block)(q_BTNH[:, queries], k_BTKH[:, keys], v_BTKH[:, keys], segments_BT[:, queries], segments_BT[:, keys]))
-    return checkpoint_name(jnp.concatenate(outputs, axis=1), "attention")
 
 
 def attend_reference(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, window: int | None) -> jax.Array:

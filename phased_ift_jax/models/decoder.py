@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from phased_ift_jax.models.attention import Rope, kernel, rotate, rotations
+from phased_ift_jax.models.attention import Rope, implementation, kernel, rotate, rotations
 from phased_ift_jax.sharding import constrain, gather, per_device
 
 Params = dict[str, Any]
@@ -59,6 +59,10 @@ class Compute:
     gradient_checkpointing: str = "none"
     attn_implementation: str = "auto"
     mesh: Mesh | None = None  # None: one device, a CPU's
+
+    def kernel_of(self, config: DecoderConfig) -> str:
+        """The name of the attention kernel that is used for a model, given a `dtype`."""
+        return implementation(self.attn_implementation, self.platform, config.head_dim, self.dtype)[0]
 
     @property
     def platform(self) -> str:

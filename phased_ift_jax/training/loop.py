@@ -99,7 +99,8 @@ def prepare(config: RunConfig, fresh: bool = False) -> Run:
 
 def _read(config: RunConfig) -> Run:
     check_reporters(config.logging)
-    seen = survey(config, (mesh := make_mesh(config.mesh)).shape)
+    mesh = make_mesh(config.mesh)
+    seen = survey(config, mesh.shape, mesh.devices.flat[0].platform)
     folder = seen.folder
     if config.model.init == "pretrained":  # only now: of a hub model these are many gigabytes
         folder = open_folder(config.model.model_name_or_path, config.model.revision)
@@ -107,7 +108,7 @@ def _read(config: RunConfig) -> Run:
             conversion.check(conversion.Source(folder.converted, folder, None))
         else:
             hf_weights.check(folder)
-    return Run(config, folder, seen.tokenizer, seen.dataset, seen.plan, seen.mesh_sizes, mesh)
+    return Run(config, folder, seen.tokenizer, seen.dataset, seen.plan, seen.mesh_sizes, seen.platform, mesh)
 
 
 def train(run: Run, results: Results, stop: Stop | None = None, profile: tuple[int, int] | None = None) -> None:

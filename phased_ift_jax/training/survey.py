@@ -33,18 +33,20 @@ class Survey:
     dataset: Dataset
     plan: Plan
     mesh_sizes: Mapping[str, int]  # of the axes data, fsdp, tensor
+    platform: str | None
 
-    def attention(self, platform: str | None) -> str:
-        """The attention kernel that is used on a platform, and why where it is not the one meant; as configured where the platform is not known."""
+    @property
+    def attention(self) -> str:
+        """The attention kernel that is used, and why where it is not the one meant; as configured where the platform is not known."""
         model = self.config.model
-        if platform is None:
+        if self.platform is None:
             return model.attn_implementation
-        name, why = implementation(model.attn_implementation, platform, self.folder.config.head_dim, model.dtype)
+        name, why = implementation(model.attn_implementation, self.platform, self.folder.config.head_dim, model.dtype)
         return f"{name} ({why})" if why else name
 
 
-def survey(config: RunConfig, mesh_sizes: Mapping[str, int]) -> Survey:
-    """Read model sizes, tokenizer and data, and plan the run for a mesh of these sizes.
+def survey(config: RunConfig, mesh_sizes: Mapping[str, int], platform: str | None = None) -> Survey:
+    """Read model sizes, tokenizer and data, and plan the run for a mesh of these sizes; `platform`: "tpu", "gpu" or "cpu", where it is known.
 
     Raises:
         UserError: of whatever is at fault in them.
@@ -52,11 +54,11 @@ def survey(config: RunConfig, mesh_sizes: Mapping[str, int]) -> Survey:
     folder = open_folder(config.model.model_name_or_path, config.model.revision, weights=False)
     tokenizer = load_tokenizer(folder.path, folder.config.vocab_size)
     dataset = prepare(config.data, config.curriculum, config.seed, tokenizer)
-    return Survey(config, folder, tokenizer, dataset, make_plan(config, dataset, folder.config, batch_rows(mesh_sizes)), mesh_sizes)
+    return Survey(config, folder, tokenizer, dataset, make_plan(config, dataset, folder.config, batch_rows(mesh_sizes), platform), mesh_sizes, platform)
 
 
-def describe(run: Survey, device: str, platform: str | None = None) -> str:
-    """What will be trained, in tables: rows by bin, phases, row shapes, budget, and the policy between phases. `platform`: "tpu", "gpu" or "cpu"."""
+def describe(run: Survey, device: str) -> str:
+    """What will be trained, in tables: rows by bin, phases, row shapes, budget, and the policy between phases."""
     data, plan, curriculum = run.dataset, run.plan, run.config.curriculum
     binless = data.rows_read - sum(count.read for count in data.counts)
     truncated = sum(count.truncated for count in data.counts)
@@ -69,7 +71,7 @@ def describe(run: Survey, device: str, platform: str | None = None) -> str:
     ledger = plan.ledger()
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh_sizes.items())
     lines = [
-        f"model   {run.folder.name} ({run.config.model.init}), {run.config.model.dtype} over {run.config.model.param_dtype}, attention {run.attention(platform)}"
+        f"model   {run.folder.name} ({run.config.model.init}), {run.config.model.dtype} over {run.config.model.param_dtype}, attention {run.attention}"
         + (", deterministic" if run.config.training.deterministic else ""),
         f"held    {_held(run.config)}; for the backward pass {KEPT[run.config.model.gradient_checkpointing]} (gradient_checkpointing {run.config.model.gradient_checkpointing})",
         f"mesh    {mesh} on {device}",

@@ -169,7 +169,7 @@ def what_fits(run: Survey, topology: Topology, say: Callable[[str], None]) -> tu
         candidate = changed(run.config, given | dict(change))
         try:
             sizes = mesh_sizes(candidate.mesh, len(topology.devices))
-            other = dataclasses.replace(run, config=candidate, mesh_sizes=sizes, plan=make_plan(candidate, run.dataset, run.plan.model, batch_rows(sizes)))
+            other = dataclasses.replace(run, config=candidate, mesh_sizes=sizes, plan=make_plan(candidate, run.dataset, run.plan.model, batch_rows(sizes), run.platform))
         except UserError:
             continue
         given |= change

@@ -71,7 +71,7 @@ def test_stopped_five_times(references, work):
     assert len(stops.seen) == 5
 
 
-@pytest.mark.parametrize("halves", [("reset", "keep"), pytest.param(("keep", "reset"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("halves", [("reset", "keep"), pytest.param(("keep", "reset"), marks=pytest.mark.long)])
 def test_each_phase_trains_exactly_once_wherever_it_is_killed(references, work, halves):
     """Killed right before and right after the last step, the seal of the last checkpoint, and the export of each phase, and before the
     export's rename. Every other point to one run, every other to another, one process after another."""
