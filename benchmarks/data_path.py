@@ -2,7 +2,7 @@
 
 DATA is a folder with alpaca/random_9k.json, phasedsft/en-alpaca52k-stage3.jsonl and llama2/tokenizer.model. The real records of the first are repeated,
 each with an id of its own, and then go a run's own way, each round in a new process on at most two processors: read, tokenized, put in phases,
-planned for Llama-2-7B, and packed, every step of an epoch of 128 examples. The second table is the share of real tokens, two epochs of both
+planned for Llama-2-7B on TPUs, and packed, every step of an epoch of 128 examples. The second table is the share of real tokens, two epochs of both
 files, by how many devices share a step's rows, with at most four compiled shapes; "padded" is one example a row of 2,048 tokens. The last line is
 JSON. Exit code 1 where 30 s or a share's bound is missed.
 """
@@ -55,7 +55,7 @@ def measure(work: Path) -> dict[str, Any]:
     clock.append(time.perf_counter())
     data = dataset.prepare(config.data, config.curriculum, config.seed, tokenizer)
     clock.append(time.perf_counter())
-    [phase] = make_plan(config, data, LLAMA2_7B, 1).phases
+    [phase] = make_plan(config, data, LLAMA2_7B, 1, "tpu").phases
     clock.append(time.perf_counter())
     tokens = sum(int((batch.segments_BT > 0).sum()) for batch in batches(phase.steps, 0, data.examples, phase.shapes))
     clock.append(time.perf_counter())
@@ -72,7 +72,7 @@ def shares(path: Path, tokenizer: Any) -> list[dict[str, Any]]:
     data = dataset.prepare(config.data, config.curriculum, config.seed, tokenizer)
     found = []
     for devices in LEAST:
-        [phase] = make_plan(config, data, LLAMA2_7B, devices).phases
+        [phase] = make_plan(config, data, LLAMA2_7B, devices, "tpu").phases
         found.append({"devices": devices, "share": real_token_share(phase), "rows": phase.shapes.rows, "lengths": phase.shapes.lengths, "bound": LEAST[devices]})
     padded = sum(len(example.tokens) for example in data.examples) / (2048 * len(data.examples))
     return [{"devices": 0, "share": padded, "rows": 128, "lengths": (2048,), "bound": 0.0}, *found]

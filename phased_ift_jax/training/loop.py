@@ -99,8 +99,7 @@ def prepare(config: RunConfig, fresh: bool = False) -> Run:
 
 def _read(config: RunConfig) -> Run:
     check_reporters(config.logging)
-    mesh = make_mesh(config.mesh)
-    seen = survey(config, mesh.shape, mesh.devices.flat[0].platform)
+    seen = survey(config, (mesh := make_mesh(config.mesh)).shape, mesh.devices.flat[0].platform)
     folder = seen.folder
     if config.model.init == "pretrained":  # only now: of a hub model these are many gigabytes
         folder = open_folder(config.model.model_name_or_path, config.model.revision)
