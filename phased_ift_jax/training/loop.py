@@ -155,7 +155,7 @@ def _train(run: Run, results: Results, stop: Stop, profile: tuple[int, int] | No
     compiler = ThreadPoolExecutor(1, "compiler")
     try:
         base, first = None, next((phase for phase in run.plan.phases if not _is_done(phase, position)), None)
-        if first and processes.alone() and run.mesh.devices.flat[0].platform != "gpu":  # which compiling times kernels on, so that nothing else may run
+        if first and processes.alone() and run.mesh.devices.flat[0].platform in ("cpu", "tpu"):  # on a GPU, compiling times kernels: nothing else may run there then
             compiler.submit(_compile, first, run.trainer(first), position.step if position.phase == first.phase.index else 0, alive)
         if run.held_out and processes.agree(lambda: "base" not in results):
             _measure(run, base := run.base_params(), results, "base")
