@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Callable
+import time
+import tracemalloc
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,6 +123,36 @@ def test_where_epochs_meet_no_order_is_drawn_twice(monkeypatch: pytest.MonkeyPat
     steps = Steps(np.arange(50), 10, 3, (7, 1))
     assert [(steps[i].tolist(), steps[i + 2].tolist()) for i in range(13)] == list(zip(expected, expected[2:], strict=False))
     assert drawn == [0, 1, 2]
+
+
+def test_of_ten_million_records_a_step_asks_for_its_own(measured: Callable[[str, float], None]) -> None:
+    """Where one epoch ends and the next begins, too: what is held are row numbers and the orders of two epochs, under 1 GB with what drawing them takes."""
+    asked = []
+
+    class Records(Sequence[TokenizedExample]):
+        def __len__(self) -> int:
+            return 10**7
+
+        def __getitem__(self, index: Any) -> Any:
+            asked.append(int(index))
+            return example(0, 5 + int(index) % 40)
+
+    tracemalloc.start()
+    steps = Steps(np.arange(10**7), 128, 2, (7, 1))
+    start = steps.per_epoch - 2
+    source = batches.batches(steps, start, Records(), Shapes(32, (128,)))
+    seen = [int(next(source).segments_BT.max(axis=-1).sum()) for _ in range(4)]
+    until = time.monotonic() + 60
+    while len(asked) <= sum(seen) and time.monotonic() < until:
+        time.sleep(0.01)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(asked) > sum(seen), "the next batch is made while the device works on this one"
+    assert seen == [128, 10**7 % 128 or 128, 128, 128]
+    assert asked[: sum(seen)] == [row for step in range(start, start + 4) for row in steps[step].tolist()]
+    assert len(asked) <= (4 + 4) * 128, "two batches are made ahead, and one is on its way"
+    measured("bytes for the order of ten million records (below 1e9)", peak)
+    assert peak < 1e9
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------------------

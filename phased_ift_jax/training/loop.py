@@ -99,8 +99,7 @@ def prepare(config: RunConfig, fresh: bool = False) -> Run:
 
 def _read(config: RunConfig) -> Run:
     check_reporters(config.logging)
-    mesh = make_mesh(config.mesh)
-    seen = survey(config, mesh.shape, mesh.devices.flat[0].platform)
+    seen = survey(config, (mesh := make_mesh(config.mesh)).shape, mesh.devices.flat[0].platform)
     folder = seen.folder
     if config.model.init == "pretrained":  # only now: of a hub model these are many gigabytes
         folder = open_folder(config.model.model_name_or_path, config.model.revision)
@@ -156,7 +155,7 @@ def _train(run: Run, results: Results, stop: Stop, profile: tuple[int, int] | No
     compiler = ThreadPoolExecutor(1, "compiler")
     try:
         base, first = None, next((phase for phase in run.plan.phases if not _is_done(phase, position)), None)
-        if first and processes.alone() and run.mesh.devices.flat[0].platform != "gpu":  # which compiling times kernels on, so that nothing else may run
+        if first and processes.alone() and run.mesh.devices.flat[0].platform in ("cpu", "tpu"):  # on a GPU, compiling times kernels: nothing else may run there then
             compiler.submit(_compile, first, run.trainer(first), position.step if position.phase == first.phase.index else 0, alive)
         if run.held_out and processes.agree(lambda: "base" not in results):
             _measure(run, base := run.base_params(), results, "base")
