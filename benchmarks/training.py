@@ -65,7 +65,7 @@ MUCH_SLOWER = 0.8  # of the fastest of its kind
 
 @dataclass
 class Side:
-    """One way to train: `group` is what it competes in, its words a process that takes turns, `share` how many of a turn's steps it does."""
+    """One way to train: `group` is the kind whose fastest counts, `words` and the file of its `job` start a process that takes turns."""
 
     name: str
     group: str
@@ -74,16 +74,18 @@ class Side:
     rates: list[float] = field(default_factory=list)  # real tokens per second
     cpu_rates: list[float] = field(default_factory=list)  # real tokens per second of the processors
     facts: dict[str, Any] = field(default_factory=dict)
-    process: subprocess.Popen[str] | None = None
     most_steps: int = 1000
     most_rounds: int = 1000
+    process: subprocess.Popen[str] | None = None
+    noise: Path = Path()  # what it prints that is not for us
 
     def start(self, work: Path) -> None:
         began = time.perf_counter()
         folder = work / self.name.replace(" ", "-")
         folder.mkdir()
         (folder / "job.json").write_text(json.dumps(self.job | {"work": str(folder)}))
-        with open(folder / "noise.txt", "w") as noise:
+        self.noise = folder / "noise.txt"
+        with open(self.noise, "w") as noise:
             self.process = subprocess.Popen([*self.words, str(folder / "job.json")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=noise, text=True)
         self.facts = self.heard()["ready"] | {"start_seconds": time.perf_counter() - began}
 
@@ -92,7 +94,7 @@ class Side:
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.name} has ended: " + Path(self.process.args[-1]).with_name("noise.txt").read_text()[-2000:])  # type: ignore[index]
+            raise RuntimeError(f"{self.name} has ended: {self.noise.read_text()[-2000:]}")
         return json.loads(line)
 
     def turn(self, steps: int) -> dict[str, Any]:
@@ -202,30 +204,28 @@ def rounds(sides: list[Side], work: Path, count: int, steps: int) -> None:
                     other.end()
 
 
-def whole(side: Side, words: list[str], work: Path, losses: Callable[[str], list[float]]) -> dict[str, Any]:
+def whole(name: str, words: list[str], losses: Callable[[str], list[float]]) -> dict[str, Any]:
     """A process from start to end: seconds, and the loss of every step."""
-    with open(work / "whole.txt", "w") as noise:
-        began = time.perf_counter()
-        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=noise, text=True, check=False)
-        seconds = time.perf_counter() - began
+    began = time.perf_counter()
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - began
     if done.returncode:
-        raise RuntimeError(f"{side.name} failed: " + (work / "whole.txt").read_text()[-2000:])
-    return {"side": side.name, "seconds": seconds, "losses": losses(done.stdout)}
+        raise RuntimeError(f"{name} failed: {done.stderr[-2000:]}")
+    return {"side": name, "seconds": seconds, "losses": losses(done.stdout)}
 
 
-def traced(sides: list[Side], work: Path, config: dict[str, Any], steps: int) -> dict[str, Any]:
-    """The same steps by whole processes, ours and TRL's padded one: how long each takes, and how far their losses are apart."""
-    ours, trl = (next(side for side in sides if side.name == name) for name in ("ours", "trl padded"))
-    output = Path(config["output_dir"])
+def traced(trl: Side, work: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The steps of our config by whole processes, ours and TRL's padded one: how long each takes, and how far their losses are apart."""
+    output, steps = Path(config["output_dir"]), config["training"]["max_steps"]
     (work / "run.yaml").write_text(json.dumps(config))
     (work / "job.json").write_text(json.dumps(trl.job | {"whole": True, "steps": steps, "learning_rate": config["training"]["learning_rate"], "work": str(work / "whole")}))
 
-    def ours_losses(_: str) -> list[float]:
+    def our_losses(_: str) -> list[float]:
         return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
 
     rows = [
-        whole(ours, [sys.executable, "-m", "phased_ift_jax.train", str(work / "run.yaml")], work, ours_losses),
-        whole(trl, [*trl.words, str(work / "job.json")], work, lambda said: json.loads(said.splitlines()[-1])["losses"]),
+        whole("ours", [sys.executable, "-m", "phased_ift_jax.train", str(work / "run.yaml")], our_losses),
+        whole(trl.name, [*trl.words, str(work / "job.json")], lambda said: json.loads(said.splitlines()[-1])["losses"]),
     ]
     apart = [abs(a - b) for a, b in zip(rows[0]["losses"], rows[1]["losses"], strict=True)]
     return {"steps": steps, "learning_rate": config["training"]["learning_rate"], "rows": rows, "largest_difference": max(apart)}
@@ -253,9 +253,10 @@ def measure(name: str, args: argparse.Namespace, work: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"model": name, "sides": []}
     for side in sides:
         result["sides"].append({"side": side.name, "group": side.group, "rates": side.rates, "cpu_rates": side.cpu_rates, "tokens_per_second": side.rate} | side.facts)
-    if args.trace_steps and {side.group for side in sides} >= {"ours", "trl padded"}:
+    padded = [side for side in sides if side.name == "trl padded"]
+    if args.trace_steps and padded and sides[0].name == "ours":
         (work / "whole").mkdir()
-        result["trace"] = traced(sides, work / "whole", config_of(model, data, work / "whole/run", longest, args.trace_learning_rate, max_steps=args.trace_steps), args.trace_steps)
+        result["trace"] = traced(padded[0], work / "whole", config_of(model, data, work / "whole/run", longest, args.trace_learning_rate, max_steps=args.trace_steps))
     return result
 
 
