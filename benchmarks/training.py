@@ -5,7 +5,8 @@ examples a step, float32, AdamW, the same cores. Every side is a process of its 
 what else the machine does hits all alike. Counted are real tokens, those of the examples, by the second; medians are compared. Ours is the loop of
 `python -m phased_ift_jax.train` with its packing, logging and bookkeeping; compilation is told apart, as are whole processes from start to end.
 
-On a machine that others use, too, the ratios by processor time are steadier than those by the clock, which the bounds are held against; the load is told.
+The bounds are held against the clock, on a machine that does nothing else. Processor time is told as well, yet torch's threads spin while they wait for one
+that has no core: where others are at work, neither is worth much. The load is told.
 
 TRL (`pip install -e '.[benchmarks]'`) pads each batch to its longest (16 rows at a time, or 4, or 1, which pads nothing) or packs (best-fit rows of several
 lengths, or a whole step flattened into one row); of each kind the fastest counts, and what is much slower in the first round is let go. It gets our token
