@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -77,3 +80,63 @@ def test_shellcheck_has_nothing_to_say() -> None:
     done = start(checker, CHECK, SPEED)
     assert done.returncode == 0, done.stdout
     assert all(os.access(script, os.X_OK) for script in (CHECK, SPEED))
+
+
+@pytest.fixture
+def training(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    for name, value in {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}.items():
+        monkeypatch.setenv(name, value)
+    return importlib.import_module("training")
+
+
+def test_our_side_trains_in_turns_and_counts_real_tokens(training: ModuleType, tmp_path: Path) -> None:
+    """What it counts are the tokens of the rows that the run itself notes as trained; what the peers are given is the same, in the same order."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join((ROOT / "configs/quickstart/data.jsonl").read_text().splitlines(keepends=True)[:100]))
+    config = training.config_of(ROOT / "configs/quickstart/model", rows, tmp_path / "run", 64)
+    config["model"]["init"] = "random"
+    seen = training.surveyed(config)
+    training.write_examples(tmp_path / "examples.npz", seen)
+    side = training.Side("ours", "ours", [sys.executable, str(ROOT / "benchmarks/training_ours.py")], {"config": config, "warm": 1})
+    side.start(tmp_path)
+    try:
+        turns = [side.turn(2), side.turn(2)]  # of steps 2 and 3, then 4 and 5
+    finally:
+        side.end()
+    assert [turn["steps"] for turn in turns] == [2, 2]
+    assert all(turn["seconds"] > 0 for turn in turns)
+    assert side.facts["compile_seconds"] > 0
+
+    lengths = {record.id: len(example.tokens) for record, example in zip(seen.dataset.records, seen.dataset.examples, strict=True)}
+    trained = [[lengths[name] for name in json.loads(line)["ids"]] for line in (tmp_path / "run/trained_ids.jsonl").read_text().splitlines()]
+    assert [len(step) for step in trained] == [16, 16, 16], "a step is noted while the one after it is under way"
+    assert turns[0]["tokens"] == sum(trained[1]) + sum(trained[2])
+    tokens, marks = importlib.import_module("training_peers").load(str(tmp_path / "examples.npz"))
+    assert [len(row) for row in tokens[:48]] == [length for step in trained for length in step]
+    assert turns[1]["tokens"] == sum(len(row) for row in tokens[48:80])
+    first = seen.dataset.examples[seen.plan.phases[0].steps[0][0]]
+    assert tokens[0].tolist() == first.tokens.tolist()
+    assert [at for at, mark in enumerate(marks[0]) if mark] == [at for begin, end in first.responses for at in range(begin, end)]
+
+
+def test_a_side_that_fails_is_quoted(training: ModuleType, tmp_path: Path) -> None:
+    side = training.Side("ours", "ours", [sys.executable, "-c", "raise SystemExit('no such thing')"], {})
+    with pytest.raises(RuntimeError, match="no such thing"):
+        side.start(tmp_path)
+
+
+@pytest.mark.parametrize(("fast", "apart", "kept"), [(500.0, 1e-4, True), (390.0, 1e-4, False), (500.0, 2e-3, False)])
+def test_a_missed_bound_is_told(training: ModuleType, fast: float, apart: float, kept: bool) -> None:
+    """Ours against the fastest of TRL's, by medians, and against its losses."""
+    rates = {"ours": ("ours", [1.0, fast, 9999.0]), "trl padded": ("trl padded", [50.0]), "trl packed 512": ("trl packed", [100.0, 90.0, 110.0])}
+    sides = [
+        {"side": side, "group": group, "rates": each, "cpu_rates": each, "tokens_per_second": statistics.median(each), "start_seconds": 1.0}
+        for side, (group, each) in rates.items()
+    ]
+    rows = [{"side": side, "seconds": 1.0, "losses": [2.0, 1.0]} for side in ("ours", "trl padded")]
+    result = {"model": "stories260k", "sides": sides, "trace": {"steps": 2, "learning_rate": 1e-3, "rows": rows, "largest_difference": apart}}
+    lines, seen = training.table([result])
+    assert seen is kept
+    assert any("MISSED" in line for line in lines) is not kept
+    assert any(f"ours / trl: {fast / 100:.2f}" in line for line in lines)
