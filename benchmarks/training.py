@@ -6,7 +6,7 @@ what else the machine does hits all alike. Counted are real tokens, those of the
 `python -m phased_ift_jax.train` with its packing, logging and bookkeeping; compilation is told apart, as are whole processes from start to end.
 
 The bounds are held against the clock, on a machine that does nothing else. Processor time is told as well, yet torch's threads spin while they wait for one
-that has no core: where others are at work, neither is worth much. The load is told.
+that has no core: where others are at work, two cores flatter us, and one (`taskset -c 0 python benchmarks/training.py ...`) is the fairer comparison. The load is told.
 
 TRL (`pip install -e '.[benchmarks]'`) pads each batch to its longest (16 rows at a time, or 4, or 1, which pads nothing) or packs (best-fit rows of several
 lengths, or a whole step flattened into one row); of each kind the fastest counts, and what is much slower in the first round is let go. It gets our token
