@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from phased_ift_jax.records import PackedBatch
 from phased_ift_jax.sharding import batch_rows, constrain, gathered
 
 CHUNK = 1024  # tokens of one device whose logits exist at once
+CPU_CHUNK = 256  # on a CPU, where chunks without trained tokens are passed over
 Sums = tuple[jax.Array, jax.Array | None]  # the loss, and the head's gradient where it is asked for
 
 
@@ -50,21 +52,26 @@ def _scan(
     B, T, D = hidden_BTD.shape
     wide = jnp.promote_types(hidden_BTD.dtype, jnp.float32)
     whole_head = gathered(head, dims, hidden_BTD.dtype, mesh)
+    on_cpu = mesh is None or mesh.devices.flat[0].platform == "cpu"
+    # a CPU copies the operand that a matmul is to read transposed: there the narrow one is, and the sum is turned once, at the end
+    summed_dims = "DV" if on_cpu else dims
 
     def add(sums: Sums, chunk: tuple[jax.Array, ...]) -> tuple[Sums, jax.Array | None]:
         hidden_BTD, targets_BT, weights_BT = chunk
         weights_BT = weights_BT.astype(wide)
-        losses_BT, scores_BTV, total_BT, chosen_BTV = _each(hidden_BTD, whole_head, targets_BT, dims, wide)
+        losses_BT, scores_BTV, total_BT, chosen_BTV = _each(hidden_BTD, whole_head, targets_BT, dims, wide, look_up=on_cpu)
         loss = sums[0] + jnp.sum(losses_BT * weights_BT)
         if sums[1] is None:
             return (loss, None), None
         errors_BTV = ((jnp.exp(scores_BTV - total_BT[..., None]) - chosen_BTV.astype(wide)) * weights_BT[..., None]).astype(hidden_BTD.dtype)
-        head_gradient = sums[1] + jnp.einsum(f"BTD,BTV->{dims}", hidden_BTD, errors_BTV, preferred_element_type=wide)
+        head_gradient = sums[1] + jnp.einsum(f"BTD,BTV->{summed_dims}", hidden_BTD, errors_BTV, preferred_element_type=wide)
         return (loss, head_gradient), jnp.einsum(f"BTV,{dims}->BTD", errors_BTV, whole_head, preferred_element_type=wide)
 
-    chunks = chunks_of(T, -(-B // (1 if mesh is None else batch_rows(mesh.shape))))
-    sums: Sums = (jnp.zeros((), wide), jnp.zeros(head.shape, wide) if gradients else None)
-    if chunks == 1:
+    rows = -(-B // (1 if mesh is None else batch_rows(mesh.shape)))
+    sums: Sums = (jnp.zeros((), wide), jnp.zeros(head.shape if summed_dims == dims else head.shape[::-1], wide) if gradients else None)
+    if on_cpu:
+        sums, hidden_gradient_BTD = _over_trained(add, sums, chunks_of(T, rows, CPU_CHUNK), hidden_BTD, targets_BT, weights_BT)
+    elif (chunks := chunks_of(T, rows)) == 1:
         sums, hidden_gradient_BTD = add(sums, (hidden_BTD, targets_BT, weights_BT))
     else:
         sums, hidden_gradient_CBTD = jax.lax.scan(add, sums, _cut(chunks, hidden_BTD, targets_BT, weights_BT))
@@ -72,15 +79,42 @@ def _scan(
     if sums[1] is None:
         return sums[0], None, None
     # added up over the devices before the layers' backward pass starts, which does not wait for it and would leave it whole till the end
-    return sums[0], *jax.lax.optimization_barrier((hidden_gradient_BTD, constrain(sums[1], dims, mesh)))
+    head_gradient = sums[1] if summed_dims == dims else sums[1].T
+    return sums[0], *jax.lax.optimization_barrier((hidden_gradient_BTD, constrain(head_gradient, dims, mesh)))
 
 
-def _each(hidden_BTD: jax.Array, head: jax.Array, targets_BT: jax.Array, dims: str, wide: jnp.dtype) -> tuple[jax.Array, ...]:
-    """-log p(target) of every position (B, T), and what it is made of: scores (B, T, V), their logsumexp (B, T), where the target is (B, T, V)."""
+def _over_trained(add: Callable[..., Any], sums: Sums, chunks: int, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> tuple[Sums, jax.Array | None]:
+    """`add` over chunks of the trained positions alone, put before the others of their rows: the head is most of a small model's work."""
+    order_BT = jnp.argsort(weights_BT == 0, axis=1, stable=True)
+    cut = _cut(chunks, jnp.take_along_axis(hidden_BTD, order_BT[..., None], axis=1), *(jnp.take_along_axis(x_BT, order_BT, axis=1) for x_BT in (targets_BT, weights_BT)))
+    most = jnp.max(jnp.sum(weights_BT != 0, axis=1))
+
+    def one(chunk: jax.Array, carry: tuple[Sums, jax.Array | None]) -> tuple[Sums, jax.Array | None]:
+        sums, made_CBTD = carry
+        sums, gradient_BTD = add(sums, tuple(x[chunk] for x in cut))
+        return sums, None if made_CBTD is None else made_CBTD.at[chunk].set(gradient_BTD)
+
+    none = None if sums[1] is None else jnp.zeros(cut[0].shape, sums[1].dtype)
+    sums, made_CBTD = jax.lax.fori_loop(0, -(-most // cut[1].shape[2]), one, (sums, none))
+    if made_CBTD is None:
+        return sums, None
+    gradient_BTD = made_CBTD.swapaxes(0, 1).reshape(hidden_BTD.shape)
+    return sums, jnp.take_along_axis(gradient_BTD, jnp.argsort(order_BT, axis=1)[..., None], axis=1)
+
+
+def _each(hidden_BTD: jax.Array, head: jax.Array, targets_BT: jax.Array, dims: str, wide: jnp.dtype, look_up: bool = False) -> tuple[jax.Array, ...]:
+    """-log p(target) of every position (B, T), and what it is made of: scores (B, T, V), their logsumexp (B, T), where the target is (B, T, V).
+
+    The target's score is looked up, or added up with zeros for all others, which wants no gather where the vocabulary is divided.
+    """
     scores_BTV = jnp.einsum(f"BTD,{dims}->BTV", hidden_BTD, head, preferred_element_type=wide)
     total_BT = jax.nn.logsumexp(scores_BTV, axis=-1)
     chosen_BTV = jnp.arange(scores_BTV.shape[-1], dtype=targets_BT.dtype) == targets_BT[..., None]
-    return total_BT - jnp.sum(jnp.where(chosen_BTV, scores_BTV, 0), axis=-1), scores_BTV, total_BT, chosen_BTV
+    if look_up:
+        score_BT = jnp.take_along_axis(scores_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    else:
+        score_BT = jnp.sum(jnp.where(chosen_BTV, scores_BTV, 0), axis=-1)
+    return total_BT - score_BT, scores_BTV, total_BT, chosen_BTV
 
 
 def _cut(chunks: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -88,11 +122,11 @@ def _cut(chunks: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(array.reshape(len(array), chunks, -1, *array.shape[2:]).swapaxes(0, 1) for array in arrays)
 
 
-def chunks_of(T: int, rows: int) -> int:
-    """How many chunks of equal length rows of T tokens are cut into, so that `rows` of them (a device's) have at most `CHUNK` tokens in each,
-    or one of each row.
+def chunks_of(T: int, rows: int, size: int | None = None) -> int:
+    """How many chunks of equal length rows of T tokens are cut into, so that `rows` of them (a device's) have at most `size` (`CHUNK`) tokens
+    in each, or one of each row.
     """
-    least = -(-T * rows // CHUNK)
+    least = -(-T * rows // (size or CHUNK))
     return next((count for count in range(least, T) if T % count == 0), T)
 
 
