@@ -127,6 +127,20 @@ class Attention(nnx.Module):
         return jnp.einsum("BTNH,NHD->BTD", context.attend(q_BTNH, k_BTKH, v_BTKH), self.o[...])
 
 
+@jax.custom_vjp
+def widened(x_BTD: jax.Array, weight_DF: jax.Array) -> jax.Array:
+    """x @ weight. Of its gradient a CPU copies the operand that is read transposed: that is to be x, the narrow one."""
+    return jnp.einsum("BTD,DF->BTF", x_BTD, weight_DF)
+
+
+def _widened_backward(kept: tuple[jax.Array, jax.Array], gradient_BTF: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_BTD, weight_DF = kept
+    return jnp.einsum("BTF,DF->BTD", gradient_BTF, weight_DF), jnp.einsum("BTD,BTF->DF", x_BTD, gradient_BTF)
+
+
+widened.defvjp(lambda x_BTD, weight_DF: (widened(x_BTD, weight_DF), (x_BTD, weight_DF)), _widened_backward)
+
+
 class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer, 2020)."""
 
@@ -134,8 +148,7 @@ class MLP(nnx.Module):
         self.gate, self.up, self.down = (nnx.Param(params[name]) for name in ("gate", "up", "down"))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.gate[...])
-        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.up[...])
+        gate_BTF, up_BTF = widened(x_BTD, self.gate[...]), widened(x_BTD, self.up[...])
         return jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down[...])
 
 
