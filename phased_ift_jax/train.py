@@ -16,7 +16,7 @@ from phased_ift_jax import cli, processes
 from phased_ift_jax.interrupts import STOPPED, Stop, Stopped, listening, unbroken
 from phased_ift_jax.object_store import SCHEME
 from phased_ift_jax.records import UserError
-from phased_ift_jax.xla_flags import set_flags
+from phased_ift_jax.xla_flags import huge_pages, set_flags
 
 if TYPE_CHECKING:
     from phased_ift_jax.config import RunConfig
@@ -41,7 +41,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-before = processes.supervise  # in a process of its own
+def before() -> None:
+    """In a process of its own."""
+    huge_pages()
+    processes.supervise()
 
 
 def _train(run_config: RunConfig, fresh: bool, profile: tuple[int, int] | None, flags: list[str], compiled: Path | None, stop: Stop) -> None:

@@ -171,11 +171,36 @@ def test_rows_that_the_mesh_does_not_divide(same: Callable[..., None]) -> None:
     same("rows not divisible", trainer, batch)
 
 
-@pytest.mark.parametrize("chunk", [16, 24])
-def test_a_chunked_loss_is_the_loss(chunk: int, same: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Law: logits made in chunks of positions (24 does not divide the row) give the same loss and gradient."""
+def cut_into(chunk: int, on_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of so many tokens, and the loss as it is computed on CPUs or elsewhere."""
     monkeypatch.setattr(loss_module, "CHUNK", chunk)
+    monkeypatch.setattr(loss_module, "CPU_CHUNK", chunk)
+    monkeypatch.setattr(loss_module, "_on_cpu", lambda mesh: on_cpu)
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("chunk", [16, 24])
+def test_a_chunked_loss_is_the_loss(chunk: int, on_cpu: bool, same: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: logits made in chunks of positions (24 does not divide the row) give the same loss and gradient."""
+    cut_into(chunk, on_cpu, monkeypatch)
     same("chunked loss", dataclasses.replace(trainer_of()), pack(examples(), PACKED))
+
+
+def test_chunks_without_a_trained_position_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two rows of 64 with 5 and 20 trained positions two chunks of 16 each are computed, wherever these lie: what is not a number in the others is not seen."""
+    cut_into(32, True, monkeypatch)
+    rng = np.random.default_rng(0)
+    weights_BT = np.zeros((2, 64), np.float32)
+    weights_BT[0, rng.choice(64, 5, replace=False)], weights_BT[1, rng.choice(64, 20, replace=False)] = 1, 1
+    hidden_BTD, head_DV = rng.normal(size=(2, 64, 8)).astype(np.float32), rng.normal(size=(8, 11)).astype(np.float32)
+    targets_BT = rng.integers(0, 11, (2, 64), np.int32)
+    beyond_BT = np.cumsum(weights_BT == 0, axis=1) > 32 - weights_BT.sum(axis=1, keepdims=True)  # those that come after two chunks of the row
+    loss = jax.value_and_grad(lambda hidden_BTD: loss_module.cross_entropy(hidden_BTD, head_DV, targets_BT, weights_BT, "DV", None))
+    whole, gradient_BTD = loss(hidden_BTD)
+    other, other_BTD = loss(np.where((beyond_BT & (weights_BT == 0))[..., None], np.nan, hidden_BTD))
+    assert float(whole) == float(other)
+    assert (gradient_BTD == other_BTD).all()
+    assert (np.asarray(gradient_BTD)[weights_BT == 0] == 0).all()
 
 
 @pytest.mark.parametrize("policy", [*decoder.POLICIES])
@@ -195,13 +220,14 @@ def test_evaluation_is_the_training_loss() -> None:
 
 @pytest.mark.parametrize("sizes", [None, (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("dims", ["DV", "VD"])
+@pytest.mark.parametrize("on_cpu", [True, False])
 @pytest.mark.parametrize(("T", "chunk"), [(30, 1024), (30, 24), (31, 24)])
 def test_the_gradient_that_the_loss_makes_is_the_plain_formulas(
-    T: int, chunk: int, dims: str, sizes: tuple[int, int, int] | None, measured: Callable[[str, float], None], monkeypatch: pytest.MonkeyPatch
+    T: int, chunk: int, on_cpu: bool, dims: str, sizes: tuple[int, int, int] | None, measured: Callable[[str, float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Law: what `cross_entropy` gives as its gradient, scaled, is what JAX derives from sum(weight * -log softmax(scores)[target]): with a
     head of its own or the embedding's, whole or in chunks (of one position where T is prime), three rows on devices that share four."""
-    monkeypatch.setattr(loss_module, "CHUNK", chunk)
+    cut_into(chunk, on_cpu, monkeypatch)
     B, D, V = 3, 6, 11
     assert (loss_module.chunks_of(T, B) > 1) == (chunk < 1024)
     rng = np.random.default_rng(T)

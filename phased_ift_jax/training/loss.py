@@ -52,7 +52,7 @@ def _scan(
     B, T, D = hidden_BTD.shape
     wide = jnp.promote_types(hidden_BTD.dtype, jnp.float32)
     whole_head = gathered(head, dims, hidden_BTD.dtype, mesh)
-    on_cpu = mesh is None or mesh.devices.flat[0].platform == "cpu"
+    on_cpu = _on_cpu(mesh)
     # a CPU copies the operand that a matmul is to read transposed: there the narrow one is, and the sum is turned once, at the end
     summed_dims = "DV" if on_cpu else dims
 
@@ -83,6 +83,10 @@ def _scan(
     return sums[0], *jax.lax.optimization_barrier((hidden_gradient_BTD, constrain(head_gradient, dims, mesh)))
 
 
+def _on_cpu(mesh: Mesh | None) -> bool:
+    return mesh is None or bool(mesh.devices.flat[0].platform == "cpu")
+
+
 def _over_trained(add: Callable[..., Any], sums: Sums, chunks: int, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> tuple[Sums, jax.Array | None]:
     """`add` over chunks of the trained positions alone, put before the others of their rows: the head is most of a small model's work."""
     order_BT = jnp.argsort(weights_BT == 0, axis=1, stable=True)
@@ -110,11 +114,8 @@ def _each(hidden_BTD: jax.Array, head: jax.Array, targets_BT: jax.Array, dims: s
     scores_BTV = jnp.einsum(f"BTD,{dims}->BTV", hidden_BTD, head, preferred_element_type=wide)
     total_BT = jax.nn.logsumexp(scores_BTV, axis=-1)
     chosen_BTV = jnp.arange(scores_BTV.shape[-1], dtype=targets_BT.dtype) == targets_BT[..., None]
-    if look_up:
-        score_BT = jnp.take_along_axis(scores_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    else:
-        score_BT = jnp.sum(jnp.where(chosen_BTV, scores_BTV, 0), axis=-1)
-    return total_BT - score_BT, scores_BTV, total_BT, chosen_BTV
+    found_BT = jnp.take_along_axis(scores_BTV, targets_BT[..., None], axis=-1)[..., 0] if look_up else jnp.sum(jnp.where(chosen_BTV, scores_BTV, 0), axis=-1)
+    return total_BT - found_BT, scores_BTV, total_BT, chosen_BTV
 
 
 def _cut(chunks: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
