@@ -52,7 +52,7 @@ def ours(kind: str, rows: int, steps: int, tiny: bool) -> dict[str, Any]:
         return gpu_check.training(sizes, steps, gpu_check.full_rows(sizes["vocab_size"], rows, (TINY_LENGTHS if tiny else {kind: int(kind)})[kind]))
     rng = np.random.default_rng(0)
     examples = [TokenizedExample(rng.integers(0, sizes["vocab_size"], n, np.int32), ((n // 4, n),)) for n in lengths(tiny)]
-    shapes = choose_shapes([np.array(lengths(tiny))], 1, 1, row_price(DecoderConfig(**sizes), "cudnn"))  # type: ignore[arg-type]
+    shapes = choose_shapes([np.array(lengths(tiny))], 1, 1, row_price(DecoderConfig(**sizes), "cudnn", "gpu"))  # type: ignore[arg-type]
     return gpu_check.training(sizes, steps, pack(examples, shapes))
 
 

@@ -92,7 +92,7 @@ def measure(sizes: Sequence[int], length: int, batch: int, devices: int, steps: 
     run = dataclasses.replace(read, dataset=data, plan=dataclasses.replace(read.plan, phases=plans))
     whole = Steps(phases[int(np.argmax(sizes))].rows, batch, 1, (0, 0))
     planning = time.perf_counter()
-    choose_shapes([tokens[whole[step]] for step in range(len(whole))], devices, 4, row_price(read.plan.model, "xla"))
+    choose_shapes([tokens[whole[step]] for step in range(len(whole))], devices, 4, row_price(read.plan.model, "xla", "cpu"))
     _ = dataclasses.replace(plans[0], steps=whole).row_lengths
     planned = time.perf_counter()
     del whole

@@ -26,7 +26,7 @@ ALIKE = 0.01  # difference of budgets above which two arms are no fair compariso
 def main(argv: Sequence[str]) -> int:
     parser = cli.Parser(prog="plan", description=__doc__)
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="YAML of a run; of several, budgets are compared")
-    parser.add_argument("--devices", type=int, metavar="N", help="plan for so many devices, instead of those of this machine")
+    parser.add_argument("--devices", type=int, metavar="N", help="plan for so many devices, taken to be TPUs or GPUs, instead of those of this machine")
     parser.add_argument("--topology", metavar="CHIP:SHAPE", help="compile for these TPUs: v4, v5e, v5p or v6e, such as v5e:4x4 or v5p:2x2x4")
     parser.add_argument("--num_slices", type=int, default=1, metavar="N", help="so many slices of that topology; mesh.data goes over them")
     parser.add_argument("--usd_per_chip_hour", type=float, metavar="USD", help="price of a chip for an hour, to say what the run costs at least")

@@ -13,7 +13,9 @@ import platform
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from phased_ift_jax import interrupts, processes
@@ -66,6 +68,7 @@ GPUS = {"H100": "h100", "H200": "h200"}  # by a word of nvidia-smi's name; a GH2
 # JAX takes 75 % of a GPU's memory by default; what CUDA's libraries have outside of it fits into the tenth that remains
 MEMORY = ("XLA_CLIENT_MEM_FRACTION", "0.9")
 TUNABLES = ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+AGAIN = "PHASED_IFT_STARTED_AGAIN"  # once, whatever becomes of the other variable on the way
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 LIBRARIES = {"LIBTPU_INIT_ARGS": ("libtpu", "libtpu.so"), "XLA_FLAGS": ("jaxlib", "libjax_common.so")}
 
@@ -87,15 +90,14 @@ def chip() -> str | None:
 def huge_pages() -> None:
     """Start this process again, in its place, with a malloc that asks for huge pages, where Linux gives them to those who ask: on a CPU each step
     takes its memory anew, and got in small pages that is a fifth of its time. The C library reads this only when a process starts; a
-    GLIBC_TUNABLES that is set stays as it is.
+    GLIBC_TUNABLES that is set stays as it is. Not where other threads are: this is then no process of ours alone.
     """
-    try:
-        asked_for = "[madvise]" in HUGE_PAGES.read_text()
-    except OSError:
-        return
-    if asked_for and TUNABLES[0] not in os.environ and platform.libc_ver()[0] == "glibc":
-        os.environ[TUNABLES[0]] = TUNABLES[1]
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    with suppress(OSError):  # what cannot be had is done without
+        library, version = platform.libc_ver()
+        known = library == "glibc" and tuple(map(int, version.split(".")[:2])) >= (2, 35)
+        if known and "[madvise]" in HUGE_PAGES.read_text() and not {TUNABLES[0], AGAIN} & os.environ.keys() and threading.active_count() == 1:
+            os.environ |= {TUNABLES[0]: TUNABLES[1], AGAIN: "1"}
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def set_flags(deterministic: bool) -> list[str]:

@@ -404,8 +404,8 @@ def test_max_quarantined(base):
     ],
 )
 def test_the_attention_kernel_is_printed_and_why_it_is_another_than_asked_for(base, asked, platform, printed):
-    run = loop.prepare(changed(base, {"model.attn_implementation": asked}))
-    assert describe(run, "cpu", platform).splitlines()[0].endswith(printed)
+    run = dataclasses.replace(loop.prepare(changed(base, {"model.attn_implementation": asked})), platform=platform)
+    assert describe(run, "cpu").splitlines()[0].endswith(printed)
 
 
 def test_split_and_append_period_reach_the_reader(base, monkeypatch):

@@ -250,7 +250,7 @@ def test_rows_of_the_papers_batch_hold_little_padding(devices: int, least: float
     for name, lengths in real_lengths.items():
         steps = Steps(np.arange(len(lengths)), 128, 2, (3517, 1))
         sizes = [lengths[steps[i]] for i in range(len(steps))]
-        shapes = choose_shapes(sizes, devices, 4, row_price(LLAMA2_7B, "splash"))
+        shapes = choose_shapes(sizes, devices, 4, row_price(LLAMA2_7B, "splash", "tpu"))
         assert len(shapes.lengths) <= 4
         assert shapes.rows % devices == 0
         taken = [min(t for t in shapes.lengths if t >= needed) for needed in shortest_rows(padded([s.tolist() for s in sizes]), shapes.rows)]
@@ -264,8 +264,8 @@ def test_the_length_of_a_row_costs_nothing_where_attention_passes_over_other_exa
     """One row of what a step needs, where a kernel that goes along whole rows has several short ones."""
     steps = [np.full(16, length) for length in (100, 110, 120)]
     tiny = DecoderConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
-    assert choose_shapes(steps, 1, 4, row_price(tiny, "xla")).rows == 1
-    assert choose_shapes(steps, 1, 4, row_price(tiny, "splash")).rows > 4
+    assert choose_shapes(steps, 1, 4, row_price(tiny, "xla", "cpu")).rows == 1
+    assert choose_shapes(steps, 1, 4, row_price(tiny, "xla", "gpu")).rows > 4
 
 
 @pytest.mark.parametrize("packed", [True, False])

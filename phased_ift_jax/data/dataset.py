@@ -77,8 +77,9 @@ def prepare(data: DataConfig, curriculum: CurriculumConfig, seed: int, tokenizer
         _refuse_if_many([*reading.quarantined, *(result for result in results if isinstance(result, Quarantined))], reading.rows, data.max_quarantined)
     files = in_order(plain(record).source.path for record in records)
     binning = assign_bins(curriculum.bins, records, examples, files)
-    measured = assign_bins(data.eval_bins, records, examples, files) if data.eval_bins else binning
-    usable = np.array([example is not None for example in examples]) & (binning.bin_of > 0) & (measured.bin_of > 0)
+    measured = assign_bins(data.eval_bins, records, examples, files, "data.eval_bins") if data.eval_bins else binning
+    measurable = np.array([example is not None for example in examples]) & (measured.bin_of > 0)
+    usable = measurable & (binning.bin_of > 0)
     truncated = np.array([example is not None and example.truncated for example in examples])
 
     quarantined = list(reading.quarantined)
@@ -90,8 +91,13 @@ def prepare(data: DataConfig, curriculum: CurriculumConfig, seed: int, tokenizer
     _refuse_if_many(quarantined, reading.rows, data.max_quarantined)
 
     data_hash = hash_of(records)
-    held = hold_out(measured.bin_of, usable, data_hash, data.eval_size, data.eval_seed)
-    used = held | draw_sample(measured.bin_of, usable & ~held, data_hash, data.sample_size, data.eval_seed)
+    # from what the arm's own bins have no say in, so that they are the same rows for every arm
+    held = hold_out(measured.bin_of, measurable, data_hash, data.eval_size, data.eval_seed)
+    used = held | draw_sample(measured.bin_of, measurable & ~held, data_hash, data.sample_size, data.eval_seed)
+    if data.eval_bins and (lacking := np.flatnonzero((used if data.sample_size else held) & ~usable)).size:
+        row = plain(records[lacking[0]]).id
+        raise UserError(f"curriculum.bins: {len(lacking)} of the rows that data.eval_bins draws are in none of its bins, such as {row!r}; put them in, or leave data.eval_bins out")
+    used &= usable
     counts = tuple(
         BinCount(
             name=name,

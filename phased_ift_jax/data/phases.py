@@ -43,23 +43,23 @@ class Curriculum:
     overrides: tuple[dict[str, object], ...]
 
 
-def assign_bins(bins: Bins, records: Sequence[Record], examples: Sequence[TokenizedExample | None], files: Sequence[str]) -> Binning:
-    """Put every record in a bin. `examples` has None where tokenization refused a row; `files` are the data's files in order.
+def assign_bins(bins: Bins, records: Sequence[Record], examples: Sequence[TokenizedExample | None], files: Sequence[str], key: str = "curriculum.bins") -> Binning:
+    """Put every record in a bin. `examples` has None where tokenization refused a row; `files` are the data's files in order; `key` is that of the bins.
 
     Raises:
         UserError: nothing to measure by, or a phases.json that cannot be used.
     """
     if bins.from_ is not None:
-        return _listed(bins.from_, records)
+        return _listed(bins.from_, records, f"{key}.from")
     if bins.by == "file":
         number = {file: i for i, file in enumerate(files, 1)}
-        names = _names(bins, [re.sub(r"[^A-Za-z0-9_.+-]+", "_", Path(file).stem).lstrip("_.+-") or "file" for file in files])
+        names = _names(bins, key, [re.sub(r"[^A-Za-z0-9_.+-]+", "_", Path(file).stem).lstrip("_.+-") or "file" for file in files])
         return Binning(names, np.array([number.get(plain(record).source.path, 0) for record in records], np.int64), "it is in no phase of its TFDS folder")
     if bins.by == "score":
         values = [record.difficulty if isinstance(record, ScoredRecord) else None for record in records]
         if not any(value is not None for value in values):
-            raise UserError("curriculum.bins: by score, but no row has a score; score the data first, or use `by: file` or `by: length`")
-        unbinned = "no score, and curriculum.bins goes by score"
+            raise UserError(f"{key}: by score, but no row has a score; score the data first, or use `by: file` or `by: length`")
+        unbinned = f"no score, and {key} goes by score"
     else:
         values = [None if example is None else float(example.response_tokens) for example in examples]
         unbinned = "no length"
@@ -67,7 +67,7 @@ def assign_bins(bins: Bins, records: Sequence[Record], examples: Sequence[Tokeni
     bounds = bins.thresholds if bins.thresholds is not None else tuple(np.quantile(known, bins.quantiles or (), method="higher"))
     # half-open on the right, the last bin closed: a value equal to a bound belongs to the bin above
     bin_of = [0 if value is None else int(np.searchsorted(bounds, value, side="right")) + 1 for value in values]
-    return Binning(_names(bins, [f"stage{i}" for i in range(1, len(bounds) + 2)]), np.array(bin_of, np.int64), unbinned)
+    return Binning(_names(bins, key, [f"stage{i}" for i in range(1, len(bounds) + 2)]), np.array(bin_of, np.int64), unbinned)
 
 
 def plain(record: Record) -> InstructionRecord:
@@ -145,7 +145,7 @@ def draw_phases(curriculum: Curriculum, arm: str, bin_of: np.ndarray, trainable:
         chosen = [np.sort(np.take(pool, range(start, stop), mode="wrap")) for start, stop in pairwise(edges)]
     for name, rows in zip(curriculum.names, chosen, strict=True):
         if not len(rows):
-            raise UserError(f"curriculum: phase {name!r} is empty: no usable row is in its bins after held-out rows are taken; change bins or data.eval_size")
+            raise UserError(f"curriculum: phase {name!r} is empty: no usable row is in its bins after held-out rows are taken; change bins, data.eval_size or data.sample_size")
     names = [f"random{number}" if arm == "random" else name for number, name in enumerate(curriculum.names, 1)]
     return tuple(Phase(i, name, rows, overrides) for i, (name, rows, overrides) in enumerate(zip(names, chosen, curriculum.overrides, strict=True), 1))
 
@@ -156,11 +156,11 @@ def _part(rows: np.ndarray, share: float, name: tuple[object, ...]) -> np.ndarra
     return generator(*name).permutation(rows)[: round(share * len(rows))]
 
 
-def _names(bins: Bins, default: list[str]) -> tuple[str, ...]:
+def _names(bins: Bins, key: str, default: list[str]) -> tuple[str, ...]:
     if bins.names is None:
         return tuple(default if len(set(default)) == len(default) else [f"{i}-{name}" for i, name in enumerate(default, 1)])
     if len(bins.names) != len(default):
-        raise UserError(f"curriculum.bins.names: {len(bins.names)} names for {len(default)} bins")
+        raise UserError(f"{key}.names: {len(bins.names)} names for {len(default)} bins")
     return bins.names
 
 
@@ -169,30 +169,30 @@ def hash_of_ids(ids: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
-def _listed(path: str, records: Sequence[Record]) -> Binning:
+def _listed(path: str, records: Sequence[Record], key: str) -> Binning:
     try:
-        local = pictures.copy(path, "curriculum.bins.from") if pictures.is_ours(path) else Path(path)
+        local = pictures.copy(path, key) if pictures.is_ours(path) else Path(path)
         listed = json.loads(local.read_text(encoding="utf-8"))["bins"]
         named = [(str(entry["name"]), [str(i) for i in entry["ids"]]) for entry in listed]
         changed = [entry["name"] for entry, (_, ids) in zip(listed, named, strict=True) if entry.get("ids_sha256", hash_of_ids(ids)) != hash_of_ids(ids)]
         if not all(isinstance(entry["ids"], list) for entry in listed):
             raise TypeError
     except OSError as error:
-        raise UserError(f"curriculum.bins.from: cannot read '{path}': {error.strerror}") from None
+        raise UserError(f"{key}: cannot read '{path}': {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f'curriculum.bins.from: \'{path}\' is not of the form {{"bins": [{{"name": "easy", "ids": ["1", "2"]}}]}}') from None
+        raise UserError(f'{key}: \'{path}\' is not of the form {{"bins": [{{"name": "easy", "ids": ["1", "2"]}}]}}') from None
     if changed:
-        raise UserError(f"curriculum.bins.from: the ids of bin {changed[0]!r} of '{path}' are not those that its ids_sha256 is of; split again, or leave ids_sha256 out")
+        raise UserError(f"{key}: the ids of bin {changed[0]!r} of '{path}' are not those that its ids_sha256 is of; split again, or leave ids_sha256 out")
     names = tuple(name for name, _ in named)
     if len(set(names)) < len(names) or not all(re.fullmatch(NAME, name) for name in names):
-        raise UserError(f"curriculum.bins.from: the names of '{path}', {', '.join(map(repr, names))}, must be distinct and made of letters, digits and _.+-")
+        raise UserError(f"{key}: the names of '{path}', {', '.join(map(repr, names))}, must be distinct and made of letters, digits and _.+-")
     number: dict[str, int] = {}
     for b, (name, ids) in enumerate(named, 1):
         for i in ids:
             if number.setdefault(i, b) != b:
-                raise UserError(f"curriculum.bins.from: id {i!r} is in bins {named[number[i] - 1][0]!r} and {name!r} of '{path}'; bins are disjoint")
+                raise UserError(f"{key}: id {i!r} is in bins {named[number[i] - 1][0]!r} and {name!r} of '{path}'; bins are disjoint")
     unknown = number.keys() - {plain(record).id for record in records}
     if unknown:
-        raise UserError(f"curriculum.bins.from: '{path}' lists {len(unknown)} ids that the data does not have, such as {min(unknown)[:80]!r}")
+        raise UserError(f"{key}: '{path}' lists {len(unknown)} ids that the data does not have, such as {min(unknown)[:80]!r}")
     bin_of = np.array([number.get(plain(record).id, 0) for record in records], np.int64)
     return Binning(names, bin_of, f"its id is not in '{path}'")

@@ -93,7 +93,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _scores(blocks: Blocks, c: jax.Array, block: jax.Array, wide: jnp.dtype) -> jax.Array:
-    """Of one block of queries over one of keys, the least number of `wide` where a query does not see a key."""
+    """Of one block of queries over one of keys, minus infinity where a query does not see a key."""
     q_BKQH, k_BKSH = blocks.q_CBKQH[c], blocks.k_CBKSH[block]
     scores_BKQS = jnp.einsum("BKQH,BKSH->BKQS", q_BKQH, k_BKSH, preferred_element_type=wide) * q_BKQH.shape[-1] ** -0.5
     (B, K, Q, S), key_S = scores_BKQS.shape, block * BLOCK + jnp.arange(BLOCK)

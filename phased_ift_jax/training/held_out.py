@@ -52,7 +52,8 @@ def evaluate(run: Run, params: Params) -> Evaluation:
     trainer, config = run.trainer(run.plan.phases[0]), run.config
     steps = {name: Steps(rows, config.training.global_batch_size, 1, ("evaluation", name)) for name, rows in run.held_out}
     sizes = [run.plan.phases[0].lengths[s[i]] for s in steps.values() for i in range(len(s))]
-    shapes = choose_shapes(sizes, batch_rows(run.mesh.shape), 1, row_price(run.plan.model, trainer.compute.kernel_of(run.plan.model)), config.data.packing)
+    price = row_price(run.plan.model, trainer.compute.kernel_of(run.plan.model), trainer.compute.platform)
+    shapes = choose_shapes(sizes, batch_rows(run.mesh.shape), 1, price, config.data.packing)
     losses = {}
     for name, chosen in steps.items():
         parts = [trainer.evaluate(params, put(batch, BATCH_DIMS, run.mesh)) for batch in batches(chosen, 0, run.dataset.examples, shapes)]

@@ -61,7 +61,7 @@ def summed_losses(trainer: Trainer, params: Params, examples: Sequence[Tokenized
     """The summed loss of each example's trained tokens, (n,) in float64: the same whatever the batches, packed or not."""
     steps = Steps(np.arange(len(examples)), batch_size, 1, ("ifd",))
     lengths = np.array([len(example.tokens) for example in examples])
-    price = row_price(trainer.model, trainer.compute.kernel_of(trainer.model))
+    price = row_price(trainer.model, trainer.compute.kernel_of(trainer.model), trainer.compute.platform)
     shapes = choose_shapes([lengths[steps[i]] for i in range(len(steps))], batch_rows(trainer.mesh.shape), 4, price, packed)
     sums = np.zeros(len(examples))
     for i, batch in enumerate(tqdm(batches(steps, 0, examples, shapes), total=len(steps), unit="batch", disable=None)):

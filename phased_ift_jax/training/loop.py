@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import jax
@@ -152,20 +153,19 @@ def _train(run: Run, results: Results, stop: Stop, profile: tuple[int, int] | No
     position = found[0] if found else Position(0, 0, 0, complete=True)
     processes.agree(lambda: _set_out(run, results, store, found, stop.since))
     books = Books(run.output, run.config.logging, (position.phase, position.step), run.config.model_dump(mode="json"), silent=not processes.first())
-    compiler = ThreadPoolExecutor(1, "compiler")
+    compiler, given_up = ThreadPoolExecutor(1, "compiler"), Event()
     try:
-        base, first = None, next((phase for phase in run.plan.phases if not _is_done(phase, position)), None)
+        base, ahead, first = None, None, next((phase for phase in run.plan.phases if not _is_done(phase, position)), None)
         if first and processes.alone() and run.mesh.devices.flat[0].platform in ("cpu", "tpu"):  # on a GPU, compiling times kernels: nothing else may run there then
-            compiler.submit(_compile, first, run.trainer(first), position.step if position.phase == first.phase.index else 0, alive)
+            ahead = compiler.submit(_compile, first, run.trainer(first), position.step if position.phase == first.phase.index else 0, given_up.is_set)
         if run.held_out and processes.agree(lambda: "base" not in results):
             _measure(run, base := run.base_params(), results, "base")
         for phase in run.plan.phases:
             if not _is_done(phase, position):
                 state, start = _begin(run, phase, run.trainer(phase), store, position, base)
-                compiler.shutdown()
+                base, _ = None, ahead and ahead.result()
                 _train_phase(run, phase, run.trainer(phase), state, start, store, books, stop, profile, alive)
                 del state
-            base = None
             _finish_phase(run, phase, store, results)
         processes.agree(lambda: goodput.note(run.output, "done", time.time()) if goodput.is_running(run.output) else None)
     except BaseException as error:
@@ -175,6 +175,8 @@ def _train(run: Run, results: Results, stop: Stop, profile: tuple[int, int] | No
             error.add_note(str(failed))
         raise
     finally:
+        given_up.set()
+        compiler.shutdown(wait=False, cancel_futures=True)
         books.close()
 
 
@@ -229,8 +231,7 @@ def _begin(run: Run, phase: PhasePlan, trainer: Trainer, store: Checkpoints, pos
     """The state that a phase starts (or goes on) with, and the steps it has done. `base`: the run's first weights, where they are there."""
     store.wait()
     if position.phase == phase.phase.index:
-        path = store.root / phase.phase.folder / str(position.step)
-        return load_arrays(path, trainer.shapes, trainer.shardings), position.step
+        return load_arrays(store.root / phase.phase.folder / str(position.step), trainer.shapes, trainer.shardings), position.step
     if phase.phase.index == 1:
         return trainer.fresh(run.base_params() if base is None else base), 0
     before = store.of_phase(run.plan.phases[phase.phase.index - 2].phase.folder)
@@ -240,11 +241,11 @@ def _begin(run: Run, phase: PhasePlan, trainer: Trainer, store: Checkpoints, pos
     return trainer.fresh(load_arrays(before, {"params": trainer.shapes.params}, {"params": trainer.shardings.params})["params"]), 0
 
 
-def _compile(phase: PhasePlan, trainer: Trainer, start: int, alive: Callable[[], None]) -> None:
-    """Compile the train step for every row length of a phase from step `start` on; what was compiled before costs nothing."""
+def _compile(phase: PhasePlan, trainer: Trainer, start: int, enough: Callable[[], object]) -> None:
+    """Compile the train step for every row length of a phase from step `start` on, unless that is `enough`; what was compiled before costs nothing."""
     for length in dict.fromkeys(phase.row_lengths[start:].tolist()):
-        trainer.compile_step(phase.shapes.rows, length, phase.training.gradient_accumulation_steps)
-        alive()
+        if not enough():
+            trainer.compile_step(phase.shapes.rows, length, phase.training.gradient_accumulation_steps)
 
 
 def _train_phase(
@@ -396,5 +397,4 @@ def _facts(run: Run, phase: PhasePlan, step: int, before: int, batch: Any) -> di
 
 
 def _is_late(run: Run, saved_at: float) -> bool:
-    minutes = run.config.checkpoint.save_minutes
-    return minutes is not None and time.monotonic() - saved_at >= 60 * minutes
+    return (minutes := run.config.checkpoint.save_minutes) is not None and time.monotonic() - saved_at >= 60 * minutes

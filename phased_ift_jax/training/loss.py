@@ -16,7 +16,7 @@ from phased_ift_jax.records import PackedBatch
 from phased_ift_jax.sharding import batch_rows, constrain, gathered
 
 CHUNK = 1024  # tokens of one device whose logits exist at once
-CPU_CHUNK = 256  # on a CPU, where chunks without trained tokens are passed over
+CPU_CHUNK = 256  # the same on a CPU, of trained tokens alone: others are passed over
 Sums = tuple[jax.Array, jax.Array | None]  # the loss, and the head's gradient where it is asked for
 
 
@@ -25,7 +25,7 @@ def cross_entropy(hidden_BTD: jax.Array, head: jax.Array, targets_BT: jax.Array,
     """Sum over all positions of weight * -log p(target), in at least float32. `dims` of the head are DV or VD.
 
     The gradient is made in the same pass as the loss, since what follows a sum can only scale it: the logits are computed once, and the
-    head's gradient is added up over the chunks in at least float32. No device holds it whole: it is added up over them chunk by chunk, which
+    head's gradient is added up over the chunks in at least float32; on CPUs of trained positions alone. No device holds it whole: it is added up over them chunk by chunk, which
     sends a head through the links for every `CHUNK` tokens of a device.
     """
     return _scan(hidden_BTD, head, targets_BT, weights_BT, dims, mesh, gradients=False)[0]
@@ -70,7 +70,7 @@ def _scan(
     rows = -(-B // (1 if mesh is None else batch_rows(mesh.shape)))
     sums: Sums = (jnp.zeros((), wide), jnp.zeros(head.shape if summed_dims == dims else head.shape[::-1], wide) if gradients else None)
     if on_cpu:
-        sums, hidden_gradient_BTD = _over_trained(add, sums, chunks_of(T, rows, CPU_CHUNK), hidden_BTD, targets_BT, weights_BT)
+        sums, hidden_gradient_BTD = _over_trained(add, sums, min(T, max(1, CPU_CHUNK // rows)), hidden_BTD, targets_BT, weights_BT)
     elif (chunks := chunks_of(T, rows)) == 1:
         sums, hidden_gradient_BTD = add(sums, (hidden_BTD, targets_BT, weights_BT))
     else:
@@ -87,10 +87,11 @@ def _on_cpu(mesh: Mesh | None) -> bool:
     return mesh is None or bool(mesh.devices.flat[0].platform == "cpu")
 
 
-def _over_trained(add: Callable[..., Any], sums: Sums, chunks: int, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> tuple[Sums, jax.Array | None]:
-    """`add` over chunks of the trained positions alone, put before the others of their rows: the head is most of a small model's work."""
-    order_BT = jnp.argsort(weights_BT == 0, axis=1, stable=True)
-    cut = _cut(chunks, jnp.take_along_axis(hidden_BTD, order_BT[..., None], axis=1), *(jnp.take_along_axis(x_BT, order_BT, axis=1) for x_BT in (targets_BT, weights_BT)))
+def _over_trained(add: Callable[..., Any], sums: Sums, size: int, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> tuple[Sums, jax.Array | None]:
+    """`add` over chunks of `size` trained positions alone, put before the others of their rows: the head is most of a small model's work."""
+    (B, T, D), order_BT = hidden_BTD.shape, jnp.argsort(weights_BT == 0, axis=1, stable=True)
+    ordered = jnp.take_along_axis(hidden_BTD, order_BT[..., None], axis=1), *(jnp.take_along_axis(x_BT, order_BT, axis=1) for x_BT in (targets_BT, weights_BT))
+    cut = _cut(-(-T // size), *(jnp.pad(x, ((0, 0), (0, -T % size), *[(0, 0)] * (x.ndim - 2))) for x in ordered))
     most = jnp.max(jnp.sum(weights_BT != 0, axis=1))
 
     def one(chunk: jax.Array, carry: tuple[Sums, jax.Array | None]) -> tuple[Sums, jax.Array | None]:
@@ -99,10 +100,10 @@ def _over_trained(add: Callable[..., Any], sums: Sums, chunks: int, hidden_BTD: 
         return sums, None if made_CBTD is None else made_CBTD.at[chunk].set(gradient_BTD)
 
     none = None if sums[1] is None else jnp.zeros(cut[0].shape, sums[1].dtype)
-    sums, made_CBTD = jax.lax.fori_loop(0, -(-most // cut[1].shape[2]), one, (sums, none))
+    sums, made_CBTD = jax.lax.fori_loop(0, -(-most // size), one, (sums, none))
     if made_CBTD is None:
         return sums, None
-    gradient_BTD = made_CBTD.swapaxes(0, 1).reshape(hidden_BTD.shape)
+    gradient_BTD = made_CBTD.swapaxes(0, 1).reshape(B, -1, D)[:, :T]
     return sums, jnp.take_along_axis(gradient_BTD, jnp.argsort(order_BT, axis=1)[..., None], axis=1)
 
 
@@ -123,11 +124,11 @@ def _cut(chunks: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(array.reshape(len(array), chunks, -1, *array.shape[2:]).swapaxes(0, 1) for array in arrays)
 
 
-def chunks_of(T: int, rows: int, size: int | None = None) -> int:
-    """How many chunks of equal length rows of T tokens are cut into, so that `rows` of them (a device's) have at most `size` (`CHUNK`) tokens
-    in each, or one of each row.
+def chunks_of(T: int, rows: int) -> int:
+    """How many chunks of equal length rows of T tokens are cut into, so that `rows` of them (a device's) have at most `CHUNK` tokens in each,
+    or one of each row.
     """
-    least = -(-T * rows // (size or CHUNK))
+    least = -(-T * rows // CHUNK)
     return next((count for count in range(least, T) if T % count == 0), T)
 
 

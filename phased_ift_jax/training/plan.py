@@ -108,11 +108,11 @@ def attended_pairs(lengths: np.ndarray, window: int | None) -> np.ndarray:
     return lengths * (lengths + 1) // 2 - beyond * (beyond + 1) // 2
 
 
-def row_price(model: DecoderConfig, attention: str) -> float:
-    """The row length in tokens at which attention (12 N H L per pair, of which causality leaves every kernel half) costs as much as all matmuls
-    (6 per parameter); infinite with a kernel that passes over other examples, so that the length of a row costs nothing.
+def row_price(model: DecoderConfig, attention: str, platform: str | None) -> float:
+    """The row length in tokens at which attention (12 N H L per pair, of which causality leaves fused kernels half) costs as much as all matmuls
+    (6 per parameter); infinite on CPUs, where `xla` passes over other examples, so that the length of a row costs nothing.
     """
-    if attention == "xla":
+    if (attention, platform) == ("xla", "cpu"):
         return float("inf")
     return model.matmul_parameters / (model.num_layers * model.num_heads * model.head_dim)
 
@@ -120,6 +120,7 @@ def row_price(model: DecoderConfig, attention: str) -> float:
 def make_plan(config: RunConfig, dataset: Dataset, model: DecoderConfig, row_devices: int, platform: str | None = None) -> Plan:
     """Steps, rates and shapes of every phase; `row_devices` is how many devices share the rows of a batch, `platform` what they are, where it is known."""
     attention = implementation(config.model.attn_implementation, platform, model.head_dim, config.model.dtype)[0] if platform else config.model.attn_implementation
+    price = row_price(model, attention, platform)
     trainings = [training_of(config.training, phase) for phase in dataset.phases]
     if config.curriculum.optimizer_state == "keep" and len({training.optim for training in trainings}) > 1:
         raise UserError("curriculum.phases: optim changes between phases, and optimizer_state: keep has moments of one optimizer only; use reset")
@@ -134,7 +135,7 @@ def make_plan(config: RunConfig, dataset: Dataset, model: DecoderConfig, row_dev
         if key not in shapes:
             like = [s for s, other in zip(steps, trainings, strict=True) if (other.global_batch_size, other.gradient_accumulation_steps) == key]
             sizes = [lengths[s[i]] for s in like for i in range(len(s))]
-            shapes[key] = choose_shapes(sizes, row_devices * training.gradient_accumulation_steps, config.data.packing_shapes, row_price(model, attention), config.data.packing)
+            shapes[key] = choose_shapes(sizes, row_devices * training.gradient_accumulation_steps, config.data.packing_shapes, price, config.data.packing)
     return Plan(
         tuple(
             PhasePlan(phase, training, s, rate, shapes[training.global_batch_size, training.gradient_accumulation_steps], lengths, response_lengths)
