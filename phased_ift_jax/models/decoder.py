@@ -114,6 +114,17 @@ class RMSNorm(nnx.Module):
         return self.scale[...] * normed.astype(x_BTD.dtype)
 
 
+def into_heads(x_BTD: jax.Array, weight_NHD: jax.Array) -> jax.Array:
+    """x (B, T, D) times a weight of each head, as one matrix: with two dims of its own XLA turns the weight on a CPU, at every token anew, (B, T, N, H)."""
+    N, H, D = weight_NHD.shape
+    return jnp.einsum("BTD,ED->BTE", x_BTD, weight_NHD.reshape(N * H, D)).reshape(*x_BTD.shape[:2], N, H)
+
+
+def out_of_heads(x_BTNH: jax.Array, weight_NHD: jax.Array) -> jax.Array:
+    """The way back, summed over heads, (B, T, D)."""
+    return jnp.einsum("BTE,ED->BTD", x_BTNH.reshape(*x_BTNH.shape[:2], -1), weight_NHD.reshape(-1, weight_NHD.shape[-1]))
+
+
 class Attention(nnx.Module):
     """Projections around attention."""
 
@@ -121,10 +132,8 @@ class Attention(nnx.Module):
         self.q, self.k, self.v, self.o = (nnx.Param(params[name]) for name in "qkvo")
 
     def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
-        q_BTNH = rotate(jnp.einsum("BTD,NHD->BTNH", x_BTD, self.q[...]), context.rotation)
-        k_BTKH = rotate(jnp.einsum("BTD,KHD->BTKH", x_BTD, self.k[...]), context.rotation)
-        v_BTKH = jnp.einsum("BTD,KHD->BTKH", x_BTD, self.v[...])
-        return jnp.einsum("BTNH,NHD->BTD", context.attend(q_BTNH, k_BTKH, v_BTKH), self.o[...])
+        q_BTNH, k_BTKH = (rotate(into_heads(x_BTD, weight[...]), context.rotation) for weight in (self.q, self.k))
+        return out_of_heads(context.attend(q_BTNH, k_BTKH, into_heads(x_BTD, self.v[...])), self.o[...])
 
 
 @jax.custom_vjp

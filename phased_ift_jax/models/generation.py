@@ -146,14 +146,17 @@ def _length(needed: int) -> int:
 
 
 def in_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Positions of prompts in batches, the longest first, which show at once whether memory is enough; none is padded to twice its length (or 64 tokens)."""
+    """Positions of prompts in batches; none is padded to twice its length (or 64 tokens).
+
+    Those of most prompts come first: what is last should be short, since others wait for it. Among equals the longest, which show at once whether memory is enough.
+    """
     batches: list[list[int]] = []
     for at in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batches and len(batches[-1]) < batch_size and 2 * max(lengths[at], 32) > lengths[batches[-1][0]]:
             batches[-1].append(at)
         else:
             batches.append([at])
-    return batches
+    return sorted(batches, key=len, reverse=True)
 
 
 def greedy(
