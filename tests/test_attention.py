@@ -204,6 +204,13 @@ def calls(jaxpr) -> int:
     return count
 
 
+@pytest.fixture
+def scanned(monkeypatch):
+    """Layers are scanned, as they are where a CPU does not compute few of them."""
+    monkeypatch.setattr(decoder, "UNROLLED", 0)
+
+
+@pytest.mark.usefixtures("scanned")
 @pytest.mark.parametrize(("gradient_checkpointing", "kernels"), [("none", 2), ("save_attention", 2), ("full", 3)])
 def test_what_is_saved_of_splash_attention_is_not_computed_again(gradient_checkpointing, kernels):
     """Forward and fused backward kernel; the forward kernel a second time only where nothing is saved."""
@@ -211,6 +218,7 @@ def test_what_is_saved_of_splash_attention_is_not_computed_again(gradient_checkp
     assert calls(jax.make_jaxpr(jax.grad(tiny(gradient_checkpointing, "splash")))(params).jaxpr) == kernels
 
 
+@pytest.mark.usefixtures("scanned")
 def test_save_attention_saves_one_output_of_each_kernel(capsys):
     """Not the kernel's and its copy in another order: with splash that is its output and its log-sum-exp, with others the output."""
     params = decoder.parameter_shapes(TINY, jnp.dtype("float32"))
@@ -221,6 +229,7 @@ def test_save_attention_saves_one_output_of_each_kernel(capsys):
         assert sorted(kept) == sorted([*saved, "f32[2,2,72,16]"]), lines  # and each layer's input
 
 
+@pytest.mark.usefixtures("scanned")
 @pytest.mark.parametrize("gradient_checkpointing", ["save_attention", "full"])
 def test_a_scanned_decoder_computes_the_same_with_splash(gradient_checkpointing, measured):
     params = decoder.init_params(TINY, jax.random.key(0), jnp.float32)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from faults.kill_experiment import timeless
 
 from phased_ift_jax import arms, experiment
 from phased_ift_jax.evaluation.attribution import LINES, attribute
@@ -339,12 +340,6 @@ def files(folder: Path) -> dict[str, int]:
 
 def figures(folder: Path) -> str:
     """report.json without what depends on a clock."""
-
-    def timeless(node):
-        if isinstance(node, dict):
-            return {key: timeless(value) for key, value in node.items() if key != "tokens_per_second"}
-        return [timeless(value) for value in node] if isinstance(node, list) else node
-
     return json.dumps(timeless(json.loads((folder / "exp/report.json").read_text())), indent=1)
 
 

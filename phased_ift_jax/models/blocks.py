@@ -66,7 +66,8 @@ def _backward(window: int | None, kept: Any, gradient_BTNH: jax.Array) -> tuple[
     q_BTNH, k_BTKH, v_BTKH, segments_BT, y_CBKQH, sums_CBKQ = kept
     blocks, wide = _blocks(q_BTNH, k_BTKH, v_BTKH, segments_BT, window), jnp.promote_types(q_BTNH.dtype, jnp.float32)
     dy_CBKQH = _cut(gradient_BTNH, k_BTKH.shape[2])
-    shared_CBKQ = jnp.sum(dy_CBKQH.astype(wide) * y_CBKQH.astype(wide), axis=-1)
+    products = (dy_CBKQH.astype(wide) * y_CBKQH.astype(wide)).reshape(-1, dy_CBKQH.shape[-1])  # a matrix, whose rows a CPU sums up faster
+    shared_CBKQ = jnp.sum(products, axis=-1).reshape(dy_CBKQH.shape[:-1])
 
     def row(sums: tuple[jax.Array, jax.Array], c: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         q_BKQH, dy_BKQH = blocks.q_CBKQH[c], dy_CBKQH[c]

@@ -109,9 +109,10 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        wide = x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
+        rows = x_BTD.reshape(-1, x_BTD.shape[-1])  # as a matrix: on CPUs XLA's sums over one of three dims take eight times as long
+        wide = rows.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
         normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return self.scale[...] * normed.astype(x_BTD.dtype)
+        return (self.scale[...] * normed.astype(x_BTD.dtype)).reshape(x_BTD.shape)
 
 
 def into_heads(x_BTD: jax.Array, weight_NHD: jax.Array) -> jax.Array:
@@ -182,6 +183,7 @@ class Context(NamedTuple):
     attend: Attend
 
 
+UNROLLED = 8  # layers at most that a CPU computes one by one: scanned, it copies what each leaves for its gradient
 POLICIES = {
     # gathered or rounded weights are made again: kept, they would be a copy of the model on every device
     "none": jax.checkpoint_policies.save_anything_except_these_names("gathered"),
@@ -203,7 +205,7 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(params["norm"].astype(self.dtype), config.rms_norm_eps)
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, attend: Attend | Sequence[Attend]) -> jax.Array:
-        """`attend` is that of all layers, which are then scanned, or has one for each layer of a list."""
+        """`attend` is that of all layers, which are then scanned (few of them, on a CPU, are not), or has one for each layer of a list."""
         mesh, dtype = self.compute.mesh, self.dtype
         # the table stays split by width: each device looks up its part of every row, and only the rows change places
         embedded_RTD = constrain(jnp.take(self.embed[...], constrain(tokens_BT, "RT", mesh), axis=0).astype(dtype), "RTD", mesh)
@@ -222,6 +224,10 @@ class Decoder(nnx.Module):
         scanned: Callable[..., jax.Array] = functools.partial(body, attend=attend)
         if self.compute.gradient_checkpointing != "none" or dtype != self.embed[...].dtype or (mesh is not None and mesh.shape["fsdp"] > 1):
             scanned = jax.checkpoint(scanned, policy=POLICIES[self.compute.gradient_checkpointing], prevent_cse=False)
+        if self.compute.platform == "cpu" and self.config.num_layers <= UNROLLED:
+            for at in range(self.config.num_layers):
+                x_BTD = scanned(x_BTD, jax.tree.map(lambda weight, at=at: weight[at], self.layers))
+            return self.norm(x_BTD)
         return self.norm(jax.lax.scan(lambda x_BTD, layer: (scanned(x_BTD, layer), None), x_BTD, self.layers)[0])
 
 

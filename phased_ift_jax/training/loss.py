@@ -16,7 +16,7 @@ from phased_ift_jax.records import PackedBatch
 from phased_ift_jax.sharding import batch_rows, constrain, gathered
 
 CHUNK = 1024  # tokens of one device whose logits exist at once
-CPU_CHUNK = 256  # the same on a CPU, of trained tokens alone: others are passed over
+CPU_CHUNK, CPU_REST = 192, 64  # the same on a CPU, of trained tokens alone: others are passed over
 Sums = tuple[jax.Array, jax.Array | None]  # the loss, and the head's gradient where it is asked for
 
 
@@ -70,7 +70,7 @@ def _scan(
     rows = -(-B // (1 if mesh is None else batch_rows(mesh.shape)))
     sums: Sums = (jnp.zeros((), wide), jnp.zeros(head.shape if summed_dims == dims else head.shape[::-1], wide) if gradients else None)
     if on_cpu:
-        sums, hidden_gradient_BTD = _over_trained(add, sums, min(T, max(1, CPU_CHUNK // rows)), hidden_BTD, targets_BT, weights_BT)
+        sums, hidden_gradient_BTD = _over_trained(add, sums, rows, hidden_BTD, targets_BT, weights_BT)
     elif (chunks := chunks_of(T, rows)) == 1:
         sums, hidden_gradient_BTD = add(sums, (hidden_BTD, targets_BT, weights_BT))
     else:
@@ -87,24 +87,30 @@ def _on_cpu(mesh: Mesh | None) -> bool:
     return mesh is None or bool(mesh.devices.flat[0].platform == "cpu")
 
 
-def _over_trained(add: Callable[..., Any], sums: Sums, size: int, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> tuple[Sums, jax.Array | None]:
-    """`add` over chunks of `size` trained positions alone, put before the others of their rows: the head is most of a small model's work."""
-    (B, T, D), order_BT = hidden_BTD.shape, jnp.argsort(weights_BT == 0, axis=1, stable=True)
+def _over_trained(add: Callable[..., Any], sums: Sums, rows: int, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> tuple[Sums, jax.Array | None]:
+    """`add` over trained positions alone, put before the others of their rows: the head is most of a small model's work.
+
+    They are passed over in chunks of `CPU_CHUNK` tokens of the rows that a device has, and what is left of them in chunks of `CPU_REST`.
+    """
+    order_BT = jnp.argsort(weights_BT == 0, axis=1, stable=True)
     ordered = jnp.take_along_axis(hidden_BTD, order_BT[..., None], axis=1), *(jnp.take_along_axis(x_BT, order_BT, axis=1) for x_BT in (targets_BT, weights_BT))
-    cut = _cut(-(-T // size), *(jnp.pad(x, ((0, 0), (0, -T % size), *[(0, 0)] * (x.ndim - 2))) for x in ordered))
-    most = jnp.max(jnp.sum(weights_BT != 0, axis=1))
+    most, (large, small) = jnp.max(jnp.sum(weights_BT != 0, axis=1)), (max(1, size // rows) for size in (CPU_CHUNK, CPU_REST))
+    padded = [jnp.pad(x, ((0, 0), (0, large), *[(0, 0)] * (x.ndim - 2))) for x in ordered]
+    made_BTD = None if sums[1] is None else jnp.zeros(padded[0].shape, sums[1].dtype)
 
-    def one(chunk: jax.Array, carry: tuple[Sums, jax.Array | None]) -> tuple[Sums, jax.Array | None]:
-        sums, made_CBTD = carry
-        sums, gradient_BTD = add(sums, tuple(x[chunk] for x in cut))
-        return sums, None if made_CBTD is None else made_CBTD.at[chunk].set(gradient_BTD)
+    def over(size: int, begin: jax.Array | int, chunks: jax.Array, carry: tuple[Sums, jax.Array | None]) -> tuple[Sums, jax.Array | None]:
+        def one(chunk: jax.Array, carry: tuple[Sums, jax.Array | None]) -> tuple[Sums, jax.Array | None]:
+            (sums, made_BTD), at = carry, begin + chunk * size
+            sums, gradient_BTD = add(sums, tuple(jax.lax.dynamic_slice_in_dim(x, at, size, axis=1) for x in padded))
+            return sums, None if made_BTD is None else jax.lax.dynamic_update_slice_in_dim(made_BTD, gradient_BTD, at, axis=1)
 
-    none = None if sums[1] is None else jnp.zeros(cut[0].shape, sums[1].dtype)
-    sums, made_CBTD = jax.lax.fori_loop(0, -(-most // size), one, (sums, none))
-    if made_CBTD is None:
+        return jax.lax.fori_loop(0, chunks, one, carry)
+
+    whole = most // large
+    sums, made_BTD = over(small, whole * large, -(-(most % large) // small), over(large, 0, whole, (sums, made_BTD)))
+    if made_BTD is None:
         return sums, None
-    gradient_BTD = made_CBTD.swapaxes(0, 1).reshape(B, -1, D)[:, :T]
-    return sums, jnp.take_along_axis(gradient_BTD, jnp.argsort(order_BT, axis=1)[..., None], axis=1)
+    return sums, jnp.take_along_axis(made_BTD[:, : order_BT.shape[1]], jnp.argsort(order_BT, axis=1)[..., None], axis=1)
 
 
 def _each(hidden_BTD: jax.Array, head: jax.Array, targets_BT: jax.Array, dims: str, wide: jnp.dtype, look_up: bool = False) -> tuple[jax.Array, ...]:
