@@ -73,21 +73,22 @@ def _backward(window: int | None, kept: Any, gradient_BTNH: jax.Array) -> tuple[
         q_BKQH, dy_BKQH = blocks.q_CBKQH[c], dy_CBKQH[c]
 
         def over(block: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            dq_BKQH, dk_CBKSH, dv_CBKSH = sums
+            dq_BKQH, dk_CBKHS, dv_CBKHS = sums
             weights_BKQS = jnp.exp(_scores(blocks, c, block, wide) - sums_CBKQ[c][..., None])
             dweights_BKQS = jnp.einsum("BKQH,BKSH->BKQS", dy_BKQH, blocks.v_CBKSH[block], preferred_element_type=wide)
             dscores_BKQS = (weights_BKQS * (dweights_BKQS - shared_CBKQ[c][..., None]) * q_BKQH.shape[-1] ** -0.5).astype(q_BKQH.dtype)
             dq_BKQH += jnp.einsum("BKQS,BKSH->BKQH", dscores_BKQS, blocks.k_CBKSH[block], preferred_element_type=wide)
-            dk_BKSH = jnp.einsum("BKQS,BKQH->BKSH", dscores_BKQS, q_BKQH, preferred_element_type=wide)
-            dv_BKSH = jnp.einsum("BKQS,BKQH->BKSH", weights_BKQS.astype(dy_BKQH.dtype), dy_BKQH, preferred_element_type=wide)
-            return dq_BKQH, dk_CBKSH.at[block].add(dk_BKSH), dv_CBKSH.at[block].add(dv_BKSH)
+            # turned: a CPU copies the operand that is read transposed, which is to be the narrow one
+            dk_BKHS = jnp.einsum("BKQH,BKQS->BKHS", q_BKQH, dscores_BKQS, preferred_element_type=wide)
+            dv_BKHS = jnp.einsum("BKQH,BKQS->BKHS", dy_BKQH, weights_BKQS.astype(dy_BKQH.dtype), preferred_element_type=wide)
+            return dq_BKQH, dk_CBKHS.at[block].add(dk_BKHS), dv_CBKHS.at[block].add(dv_BKHS)
 
-        dq_BKQH, *sums_CBKSH = jax.lax.fori_loop(blocks.lowest_C[c], c + 1, over, (jnp.zeros(q_BKQH.shape, wide), *sums))
-        return (sums_CBKSH[0], sums_CBKSH[1]), dq_BKQH
+        dq_BKQH, *sums_CBKHS = jax.lax.fori_loop(blocks.lowest_C[c], c + 1, over, (jnp.zeros(q_BKQH.shape, wide), *sums))
+        return (sums_CBKHS[0], sums_CBKHS[1]), dq_BKQH
 
-    zeros_CBKSH = jnp.zeros(blocks.k_CBKSH.shape, wide)
-    (dk_CBKSH, dv_CBKSH), dq_CBKQH = jax.lax.scan(row, (zeros_CBKSH, zeros_CBKSH), jnp.arange(len(dy_CBKQH)))
-    return _joined(dq_CBKQH, q_BTNH), _joined(dk_CBKSH, k_BTKH), _joined(dv_CBKSH, v_BTKH), None
+    zeros_CBKHS = jnp.zeros(blocks.k_CBKSH.swapaxes(3, 4).shape, wide)
+    (dk_CBKHS, dv_CBKHS), dq_CBKQH = jax.lax.scan(row, (zeros_CBKHS, zeros_CBKHS), jnp.arange(len(dy_CBKQH)))
+    return _joined(dq_CBKQH, q_BTNH), _joined(dk_CBKHS.swapaxes(3, 4), k_BTKH), _joined(dv_CBKHS.swapaxes(3, 4), v_BTKH), None
 
 
 _attend.defvjp(_forward, _backward)
