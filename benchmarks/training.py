@@ -244,8 +244,8 @@ def measure(name: str, args: argparse.Namespace, work: Path) -> dict[str, Any]:
     seen = surveyed(config)
     write_examples(work / "examples.npz", seen)
     steps = len(seen.plan.phases[0].steps)
-    if args.rounds * (args.steps + 1) >= steps:
-        raise SystemExit(f"error: {args.rounds} rounds of {args.steps} steps, and one before each, are more than the {steps} of an epoch; fewer would do")
+    if args.rounds * args.steps >= steps // 2:
+        raise SystemExit(f"error: {args.rounds} rounds of {args.steps} steps, and as many that are not counted, are more than the {steps} of an epoch; fewer would do")
     common = {"examples": str(work / "examples.npz"), "model": str(model), "tokenizer": str(work / "tokenizer"), "steps": steps, "learning_rate": 5e-6, "warm": 1}
     common |= {"cores": len(os.sched_getaffinity(0)), "examples_per_step": EXAMPLES}
     sides = [side for side in sides_of(name, common, config, seen, args.peer_python) if args.sides is None or side.group in args.sides]

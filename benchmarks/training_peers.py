@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 
 Job = dict[str, Any]
+WARM = 4.0
 
 
 class Turns:
     """A training loop that goes on by so many steps as a line of standard input asks for, and tells on standard output what they took.
 
-    `tokens[i]` are the real tokens of step i. The first step after a wait is not counted: a virtual machine's host takes back the memory of who waits,
+    `tokens[i]` are the real tokens of step i. Steps of the first `WARM` seconds after a wait are not counted: a virtual machine's host takes back the memory of who waits,
     and gives it again page by page. What else is printed goes to standard error.
     """
 
@@ -36,7 +37,7 @@ class Turns:
         self.facts: Callable[[], dict[str, Any]] = dict
         self._done, self._left, self._asked = 0, warm, warm
         self._began: tuple[float, float] | None = None  # None: warming up
-        self._again = False  # getting warm after a wait
+        self._again: float | None = None  # getting warm since then, after a wait
 
     def step_done(self, wait: Callable[[], object] = lambda: None) -> None:
         """To be called after each step; `wait` returns when the step's work is done."""
@@ -44,9 +45,11 @@ class Turns:
         self._left -= 1
         while self._left == 0:
             wait()
-            if self._again:
-                self._again, self._left = False, self._asked
-                self._began = time.perf_counter(), time.process_time()
+            if self._again is not None:
+                if time.perf_counter() - self._again < WARM:
+                    self._left = 1
+                else:
+                    self._again, self._left, self._began = None, self._asked, (time.perf_counter(), time.process_time())
                 return
             if self._began is None:
                 self.tell({"ready": self.facts()})
@@ -57,7 +60,7 @@ class Turns:
             line = sys.stdin.readline()
             if not line:
                 os._exit(0)  # no more is wanted: neither a save nor a farewell
-            self._asked, self._left, self._again = int(line), 1, True
+            self._asked, self._left, self._again = int(line), 1, time.perf_counter()
 
     def tell(self, said: dict[str, Any]) -> None:
         print(json.dumps(said), file=self._out, flush=True)
