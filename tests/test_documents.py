@@ -302,15 +302,15 @@ def agrees(shown: tuple[str, ...], told: str) -> None:
 
 def test_help_is_there_for_every_verb(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for verb in cli.VERBS:
-        if verb not in ("plan", "train"):
-            assert tell(["--help"], verb, place, monkeypatch, capsys)[0] == 0, verb
+        code, told = tell(["--help"], verb, place, monkeypatch, capsys)
+        assert (code, told[:6]) == (0, "usage:"), verb
 
 
 def test_what_can_run_here_runs(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """In the order of the documents, the README first; what a session shows is what is told, but for figures of a training that was cut short."""
     for block in blocks():
-        if name := block.kind.partition(" ")[2]:
-            (place / name).write_text(block.text + "\n")
+        for name, text in re.findall(r"^cat > (\S+) <<'END'\n(.*?\n)END$", block.text, re.MULTILINE | re.DOTALL):
+            (place / name).write_text(text)
     done: set[tuple[str, ...]] = set()
     for command in commands():
         if command.verb and not command.needs and not command.is_form and (command.verb[0], *command.verb[1]) not in done:
