@@ -82,7 +82,7 @@ def draw(told: dict[str, Any], losses: Losses, bins: Sequence[str], folder: Path
         axes.errorbar(gains, y, xerr=np.abs(reach.T - gains), fmt="o", ms=6 if not row else 3.5, lw=2 if not row else 1, capsize=3, color=color, label=name)
     axes.axvline(0, color="grey", lw=1)
     axes.set_yticks(np.arange(len(lines)), [line["title"].replace(": ", ":\n", 1) for line in lines], fontsize=9)
-    axes.set_xlabel("gain: held-out loss that the first has less than the second, nats a token (95 % intervals over seeds)")
+    axes.set_xlabel("gain in held-out loss, nats a token\n(to the right the first is better; 95 % intervals over seeds)")
     axes.legend(fontsize=9)
     figure.savefig(folder / "attribution.png", dpi=110)
     phased = [arm for arm, of in losses.items() if of.shape[1] > 2]
