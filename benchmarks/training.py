@@ -10,7 +10,8 @@ that has no core: where others are at work, two cores flatter us, and one (`task
 
 TRL (`pip install -e '.[benchmarks]'`) pads each batch to its longest (16 rows at a time, or 4, or 1, which pads nothing) or packs (best-fit rows of several
 lengths, or a whole step flattened into one row); of each kind the fastest counts, and what is much slower in the first round is let go. It gets our token
-ids in our order. Plain transformers pads all to 2,048, sixteen rows at once as the paper's script does (some 15 GB of memory), or two at a time. Losses of
+ids in our order. Plain transformers pads all to 2,048, sixteen rows at once as the paper's script does (some 15 GB of memory), which is what
+ours is held against, or two at a time, which is faster and told beside. Losses of
 TRL's padded run and of ours, from the same weights on the same batches, must agree within 1e-3 at every step.
 
 Tunix and Levanter want environments of their own (pass `--peer_python tunix=DIR/bin/python levanter=...`); without, they are left out:
@@ -105,6 +106,8 @@ class Side:
         assert self.process.stdin
         print(min(steps, self.most_steps), file=self.process.stdin, flush=True)
         taken = self.heard()
+        if "tokens" not in taken:
+            raise RuntimeError(f"{self.name}: the epoch ended in a turn; fewer --rounds or --steps would do")
         self.rates.append(taken["tokens"] / taken["seconds"])
         self.cpu_rates.append(taken["tokens"] / taken["cpu_seconds"])
         return taken
@@ -245,7 +248,7 @@ def measure(name: str, args: argparse.Namespace, work: Path) -> dict[str, Any]:
     write_examples(work / "examples.npz", seen)
     steps = len(seen.plan.phases[0].steps)
     if args.rounds * args.steps >= steps // 2:
-        raise SystemExit(f"error: {args.rounds} rounds of {args.steps} steps, and as many that are not counted, are more than the {steps} of an epoch; fewer would do")
+        raise SystemExit(f"error: {args.rounds} rounds of {args.steps} steps are more than half of the {steps} of an epoch, and what gets warm comes on top; fewer would do")
     common = {"examples": str(work / "examples.npz"), "model": str(model), "tokenizer": str(work / "tokenizer"), "steps": steps, "learning_rate": 5e-6, "warm": 1}
     common |= {"cores": len(os.sched_getaffinity(0)), "examples_per_step": EXAMPLES}
     sides = [side for side in sides_of(name, common, config, seen, args.peer_python) if args.sides is None or side.group in args.sides]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from training_peers import Turns
+from training_peers import WARM, Turns
 
 from phased_ift_jax.config import RunConfig
 from phased_ift_jax.evaluation.forgetting import ForgettingMatrix
@@ -39,7 +39,7 @@ class Held:
 def main() -> None:
     huge_pages()  # as `train` does
     job = json.loads(Path(sys.argv[1]).read_text())
-    turns, compiling = Turns(job["warm"]), list[float]()
+    turns, compiling = Turns(job["warm"], job.get("warm_seconds", WARM)), list[float]()
     jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: compiling.append(seconds) if event.endswith("backend_compile_duration") else None)
     run = loop.prepare(RunConfig.model_validate(job["config"]))
     (phase,) = run.plan.phases

@@ -30,12 +30,13 @@ class Turns:
     and gives it again page by page. What else is printed goes to standard error.
     """
 
-    def __init__(self, warm: int) -> None:
+    def __init__(self, warm: int, warm_seconds: float = WARM) -> None:
         self._out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         self.tokens: list[int] = []
         self.facts: Callable[[], dict[str, Any]] = dict
         self._done, self._left, self._asked = 0, warm, warm
+        self._warm_seconds = warm_seconds
         self._began: tuple[float, float] | None = None  # None: warming up
         self._again: float | None = None  # getting warm since then, after a wait
 
@@ -46,7 +47,7 @@ class Turns:
         while self._left == 0:
             wait()
             if self._again is not None:
-                if time.perf_counter() - self._again < WARM:
+                if time.perf_counter() - self._again < self._warm_seconds:
                     self._left = 1
                 else:
                     self._again, self._left, self._began = None, self._asked, (time.perf_counter(), time.process_time())
@@ -241,7 +242,7 @@ SIDES = {"levanter": levanter, "trl": trl, "torch": torch_padded, "tunix": tunix
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    SIDES[job["kind"]](job, Turns(job["warm"]))
+    SIDES[job["kind"]](job, Turns(job["warm"], job.get("warm_seconds", WARM)))
 
 
 if __name__ == "__main__":

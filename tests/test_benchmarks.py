@@ -98,23 +98,23 @@ def test_our_side_trains_in_turns_and_counts_real_tokens(training: ModuleType, t
     config["model"]["init"] = "random"
     seen = training.surveyed(config)
     training.write_examples(tmp_path / "examples.npz", seen)
-    side = training.Side("ours", "ours", [sys.executable, str(ROOT / "benchmarks/training_ours.py")], {"config": config, "warm": 1})
+    side = training.Side("ours", "ours", [sys.executable, str(ROOT / "benchmarks/training_ours.py")], {"config": config, "warm": 1, "warm_seconds": 0})
     side.start(tmp_path)
     try:
-        turns = [side.turn(2), side.turn(2)]  # of steps 2 and 3, then 4 and 5
+        turns = [side.turn(1), side.turn(2)]  # step 2 gets warm, and 3 is counted; 4, and 5 and 6
     finally:
         side.end()
-    assert [turn["steps"] for turn in turns] == [2, 2]
+    assert [turn["steps"] for turn in turns] == [1, 2]
     assert all(turn["seconds"] > 0 for turn in turns)
     assert side.facts["compile_seconds"] > 0
 
     lengths = {record.id: len(example.tokens) for record, example in zip(seen.dataset.records, seen.dataset.examples, strict=True)}
     trained = [[lengths[name] for name in json.loads(line)["ids"]] for line in (tmp_path / "run/trained_ids.jsonl").read_text().splitlines()]
-    assert [len(step) for step in trained] == [16, 16, 16], "a step is noted while the one after it is under way"
-    assert turns[0]["tokens"] == sum(trained[1]) + sum(trained[2])
+    assert [len(step) for step in trained] == [16, 16, 16, 16], "a step is noted while the one after it is under way"
+    assert turns[0]["tokens"] == sum(trained[2]), "what gets warm is not counted"
     tokens, marks = importlib.import_module("training_peers").load(str(tmp_path / "examples.npz"))
-    assert [len(row) for row in tokens[:48]] == [length for step in trained for length in step]
-    assert turns[1]["tokens"] == sum(len(row) for row in tokens[48:80])
+    assert [len(row) for row in tokens[:64]] == [length for step in trained for length in step]
+    assert turns[1]["tokens"] == sum(len(row) for row in tokens[64:96])
     first = seen.dataset.examples[seen.plan.phases[0].steps[0][0]]
     assert tokens[0].tolist() == first.tokens.tolist()
     assert [at for at, mark in enumerate(marks[0]) if mark] == [at for begin, end in first.responses for at in range(begin, end)]

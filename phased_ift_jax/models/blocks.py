@@ -66,8 +66,8 @@ def _backward(window: int | None, kept: Any, gradient_BTNH: jax.Array) -> tuple[
     q_BTNH, k_BTKH, v_BTKH, segments_BT, y_CBKQH, sums_CBKQ = kept
     blocks, wide = _blocks(q_BTNH, k_BTKH, v_BTKH, segments_BT, window), jnp.promote_types(q_BTNH.dtype, jnp.float32)
     dy_CBKQH = _cut(gradient_BTNH, k_BTKH.shape[2])
-    products = (dy_CBKQH.astype(wide) * y_CBKQH.astype(wide)).reshape(-1, dy_CBKQH.shape[-1])  # a matrix, whose rows a CPU sums up faster
-    shared_CBKQ = jnp.sum(products, axis=-1).reshape(dy_CBKQH.shape[:-1])
+    products_RH = (dy_CBKQH.astype(wide) * y_CBKQH.astype(wide)).reshape(-1, dy_CBKQH.shape[-1])  # a matrix, whose rows a CPU sums up faster
+    shared_CBKQ = jnp.sum(products_RH, axis=-1).reshape(dy_CBKQH.shape[:-1])
 
     def row(sums: tuple[jax.Array, jax.Array], c: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         q_BKQH, dy_BKQH = blocks.q_CBKQH[c], dy_CBKQH[c]
@@ -78,7 +78,7 @@ def _backward(window: int | None, kept: Any, gradient_BTNH: jax.Array) -> tuple[
             dweights_BKQS = jnp.einsum("BKQH,BKSH->BKQS", dy_BKQH, blocks.v_CBKSH[block], preferred_element_type=wide)
             dscores_BKQS = (weights_BKQS * (dweights_BKQS - shared_CBKQ[c][..., None]) * q_BKQH.shape[-1] ** -0.5).astype(q_BKQH.dtype)
             dq_BKQH += jnp.einsum("BKQS,BKSH->BKQH", dscores_BKQS, blocks.k_CBKSH[block], preferred_element_type=wide)
-            # turned: a CPU copies the operand that is read transposed, which is to be the narrow one
+            # turned: a CPU copies the operand that is read transposed, which is to be the narrow one (heads of at most `BLOCK`)
             dk_BKHS = jnp.einsum("BKQH,BKQS->BKHS", q_BKQH, dscores_BKQS, preferred_element_type=wide)
             dv_BKHS = jnp.einsum("BKQH,BKQS->BKHS", dy_BKQH, weights_BKQS.astype(dy_BKQH.dtype), preferred_element_type=wide)
             return dq_BKQH, dk_CBKHS.at[block].add(dk_BKHS), dv_CBKHS.at[block].add(dv_BKHS)

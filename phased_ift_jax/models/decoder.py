@@ -109,8 +109,8 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        rows = x_BTD.reshape(-1, x_BTD.shape[-1])  # as a matrix: on CPUs XLA's sums over one of three dims take eight times as long
-        wide = rows.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
+        x_RD = x_BTD.reshape(-1, x_BTD.shape[-1])  # as a matrix: on CPUs XLA's sums over one of three dims take eight times as long
+        wide = x_RD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
         normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         return (self.scale[...] * normed.astype(x_BTD.dtype)).reshape(x_BTD.shape)
 
@@ -183,7 +183,7 @@ class Context(NamedTuple):
     attend: Attend
 
 
-UNROLLED = 8  # layers at most that a CPU computes one by one: scanned, it copies what each leaves for its gradient
+UNROLLED = 8  # layers at most that a CPU computes one by one, where nothing is recomputed: scanned, it copies what each leaves for its gradient
 POLICIES = {
     # gathered or rounded weights are made again: kept, they would be a copy of the model on every device
     "none": jax.checkpoint_policies.save_anything_except_these_names("gathered"),
@@ -224,7 +224,7 @@ class Decoder(nnx.Module):
         scanned: Callable[..., jax.Array] = functools.partial(body, attend=attend)
         if self.compute.gradient_checkpointing != "none" or dtype != self.embed[...].dtype or (mesh is not None and mesh.shape["fsdp"] > 1):
             scanned = jax.checkpoint(scanned, policy=POLICIES[self.compute.gradient_checkpointing], prevent_cse=False)
-        if self.compute.platform == "cpu" and self.config.num_layers <= UNROLLED:
+        elif self.compute.platform == "cpu" and self.config.num_layers <= UNROLLED:
             for at in range(self.config.num_layers):
                 x_BTD = scanned(x_BTD, jax.tree.map(lambda weight, at=at: weight[at], self.layers))
             return self.norm(x_BTD)

@@ -148,7 +148,7 @@ def _length(needed: int) -> int:
 def in_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Positions of prompts in batches; none is padded to twice its length (or 64 tokens).
 
-    Those of most prompts come first: what is last should be short, since others wait for it. Among equals the longest, which show at once whether memory is enough.
+    Those of most tokens come first: they show at once whether memory is enough, and what is last should be short, since others wait for it.
     """
     batches: list[list[int]] = []
     for at in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -156,7 +156,7 @@ def in_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
             batches[-1].append(at)
         else:
             batches.append([at])
-    return sorted(batches, key=len, reverse=True)
+    return sorted(batches, key=lambda batch: -len(batch) * lengths[batch[0]])
 
 
 def greedy(

@@ -90,11 +90,11 @@ def _on_cpu(mesh: Mesh | None) -> bool:
 def _over_trained(add: Callable[..., Any], sums: Sums, rows: int, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> tuple[Sums, jax.Array | None]:
     """`add` over trained positions alone, put before the others of their rows: the head is most of a small model's work.
 
-    They are passed over in chunks of `CPU_CHUNK` tokens of the rows that a device has, and what is left of them in chunks of `CPU_REST`.
+    They are computed in chunks of `CPU_CHUNK` tokens of the rows that a device has, and what is left of them in chunks of `CPU_REST`.
     """
     order_BT = jnp.argsort(weights_BT == 0, axis=1, stable=True)
     ordered = jnp.take_along_axis(hidden_BTD, order_BT[..., None], axis=1), *(jnp.take_along_axis(x_BT, order_BT, axis=1) for x_BT in (targets_BT, weights_BT))
-    most, (large, small) = jnp.max(jnp.sum(weights_BT != 0, axis=1)), (max(1, size // rows) for size in (CPU_CHUNK, CPU_REST))
+    most, (large, small) = jnp.max(jnp.sum(weights_BT != 0, axis=1)), (max(1, min(hidden_BTD.shape[1], size // rows)) for size in (CPU_CHUNK, CPU_REST))
     padded = [jnp.pad(x, ((0, 0), (0, large), *[(0, 0)] * (x.ndim - 2))) for x in ordered]
     made_BTD = None if sums[1] is None else jnp.zeros(padded[0].shape, sums[1].dtype)
 
