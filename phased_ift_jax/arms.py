@@ -22,6 +22,7 @@ from phased_ift_jax.object_store import is_address
 from phased_ift_jax.records import UserError
 
 SHARED = ("output_dir", "seed", "data", "evaluation")  # what no arm may change
+JUDGING = "evaluation.judging."  # keys of the experiment itself that may be flags
 SECTIONS = ("model", "curriculum", "training", "mesh", "checkpoint", "logging", "export")
 Changes = dict[str, Any]
 
@@ -42,7 +43,7 @@ class Judging(Section):
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if self.judge == "llm" and self.model is None:
-            raise ValueError("name the model that is asked with `model`, or take `judge: exact`")
+            raise ValueError(f"name the model that is asked with `model`, --{JUDGING}model NAME here, or take `judge: exact`")
         return self
 
 
@@ -167,7 +168,7 @@ KNOWN: dict[str, Callable[[RunConfig, Phased], Changes]] = {
 
 
 def load(path: str, overrides: Iterable[tuple[str, str]] = ()) -> Experiment:
-    """Read an experiment from YAML; overrides are of the run that it is based on, but for `output_dir`.
+    """Read an experiment from YAML; overrides are of the run that it is based on, but for `output_dir` and who judges.
 
     Raises:
         UserError: as `config.load`.
@@ -178,7 +179,7 @@ def load(path: str, overrides: Iterable[tuple[str, str]] = ()) -> Experiment:
     for key, text in overrides:
         if key == "seed":
             raise UserError("--seed: an experiment has `seeds`; change them in its YAML")
-        config.set_key(tree, key if key == "output_dir" else f"base.{key}", text)
+        config.set_key(tree, key if key == "output_dir" or key.startswith(JUDGING) else f"base.{key}", text)
     if isinstance(tree.get("base"), dict):
         tree["base"]["output_dir"] = tree.get("output_dir")  # each cell's run has its own
     if isinstance(arms := tree.get("arms"), list):

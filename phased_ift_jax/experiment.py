@@ -5,8 +5,8 @@
   experiment configs/experiments/stories260k_alpaca.yaml --shard 0/2               every second cell: another host has --shard 1/2, on the same folder
 
 Each cell (an arm with a seed) is trained in a process of its own. The same command again goes on where it stopped and skips what is done; whoever finds all
-cells done judges and reports. --KEY VALUE changes a key of the run that all arms are made from (--output_dir that of the experiment). Exit codes: those of
-train; 1 where a cell has failed (the others are trained all the same).
+cells done judges and reports. --KEY VALUE changes a key of the run that all arms are made from (--output_dir that of the experiment), --evaluation.judging.KEY
+who judges. Exit codes: those of train; 1 where a cell has failed (the others are trained all the same).
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--usd_per_hour", type=float, metavar="USD", help="price of the machine, to say what is left will cost (with --plan)")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="train every Nth cell only, from the Ith (from 0): one of several hosts")
     parser.add_argument("--report_only", action="store_true", help="train and ask nothing; report on the cells that are done")
+    for key, field in arms.Judging.model_fields.items():
+        parser.add_argument(f"--{arms.JUDGING}{key}", metavar="VALUE", help=f"{field.description} [the config's]")
     options, overrides = cli.parse_with_keys(parser, argv)
+    overrides += [(key, value) for key, value in vars(options).items() if key.startswith(arms.JUDGING) and value is not None]
     shard = _shard(options.shard)
     if options.usd_per_hour is not None and not (options.plan and 0 < options.usd_per_hour < math.inf):
         raise UserError(f"--usd_per_hour: {options.usd_per_hour} is no price, or there is no --plan to tell it")

@@ -276,8 +276,23 @@ BAD = [
     ({}, ("--shard", "2/2"), "--shard: '2/2' is not I/N"),
     ({}, ("--seed", "3"), "--seed: an experiment has `seeds`"),
     ({}, ("--usd_per_hour", "1"), "--usd_per_hour: 1.0 is no price, or there is no --plan to tell it"),
+    ({}, ("--evaluation.judging.modle", "x"), "unknown key evaluation.judging.modle; did you mean evaluation.judging.model?"),
+    ({"evaluation": {"prompts": ["a.jsonl"]}}, ("--evaluation.judging.budget_usd", "-1"), "evaluation.judging.budget_usd: input should be greater than 0"),
     ({}, ("--training.learning_rte", "1"), "unknown key training.learning_rte; did you mean training.learning_rate?"),
 ]
+
+
+def test_who_judges_may_be_given_as_flags(rows, tmp_path, monkeypatch):
+    """As in the YAML, of whose other keys none changes."""
+    asked = {"prompts": ["a.jsonl"], "judging": {"judge": "exact", "references": ["b.jsonl"]}}
+    path, seen = written(tmp_path, rows, evaluation=asked), []
+    monkeypatch.setattr(experiment, "_phased", lambda told: seen.append(told))
+    monkeypatch.setattr(experiment.arms, "resolved", lambda told, phased: told)
+    monkeypatch.setattr(experiment, "_plan", lambda told, price: "")
+    words = ("--evaluation.judging.judge", "llm", "--evaluation.judging.model", "a-judge", "--evaluation.judging.budget_usd", "2.5")
+    assert experiment.main([str(path), "--plan", *words]) == 0
+    same = written(tmp_path, rows, evaluation=asked | {"judging": asked["judging"] | {"judge": "llm", "model": "a-judge", "budget_usd": 2.5}})
+    assert seen == [arms.load(str(same))]
 
 
 @pytest.mark.parametrize(("keys", "words", "line"), BAD)
