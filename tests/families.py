@@ -62,6 +62,29 @@ MISTRAL = SHARED | {
 }
 MISTRAL_2 = MISTRAL | {"attention_dropout": 0.0, "rope_theta": 1000000.0, "sliding_window": None, "transformers_version": "4.36.0"}
 TINYLLAMA = LLAMA_2 | {"hidden_size": 2048, "intermediate_size": 5632, "max_position_embeddings": 2048, "num_hidden_layers": 22, "num_key_value_heads": 4, "torch_dtype": "float32"}
+QWEN_2 = SHARED | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "model_type": "qwen2",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.41.2",
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+QWEN_SMALL = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2, "vocab_size": 151936}
+QWEN_25_SMALL = QWEN_2 | QWEN_SMALL | {"max_window_layers": 24, "sliding_window": 32768, "tie_word_embeddings": True, "use_mrope": False}
 
 LLAMA_31_ROPE = Rope(5e5, "llama3", 8.0, 1.0, 4.0, 8192)
 PUBLISHED: dict[str, tuple[dict[str, Any], DecoderConfig, int]] = {
@@ -75,6 +98,8 @@ PUBLISHED: dict[str, tuple[dict[str, Any], DecoderConfig, int]] = {
     "Mistral-7B-v0.1": (MISTRAL, DecoderConfig(32000, 4096, 14336, 32, 32, 8, 128, sliding_window=4096), 7_241_732_096),
     "Mistral-7B-Instruct-v0.2": (MISTRAL_2, DecoderConfig(32000, 4096, 14336, 32, 32, 8, 128, Rope(1e6)), 7_241_732_096),
     "Mistral-7B-v0.3": (MISTRAL_2 | {"vocab_size": 32768, "transformers_version": "4.42.0.dev0"}, DecoderConfig(32768, 4096, 14336, 32, 32, 8, 128, Rope(1e6)), 7_248_023_552),
+    "Qwen2-7B-Instruct": (QWEN_2, DecoderConfig(152064, 3584, 18944, 28, 28, 4, 128, Rope(1e6), 1e-6, qkv_bias=True), 7_615_616_512),
+    "Qwen2.5-0.5B": (QWEN_25_SMALL, DecoderConfig(151936, 896, 4864, 24, 14, 2, 64, Rope(1e6), 1e-6, qkv_bias=True, tie_word_embeddings=True), 494_032_768),
     "TinyLlama-1.1B": (TINYLLAMA, DecoderConfig(32000, 2048, 5632, 22, 32, 4, 64), 1_100_048_384),
 }
 
@@ -114,6 +139,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"hidden_act": ["silu"]}, "hidden_act ['silu']"),
     ("llama", {"sliding_window": 4096}, "sliding_window 4096"),
     *(("mistral", {"sliding_window": value}, f"sliding_window {value!r}") for value in (0, -1, "8", 8.0, True)),
+    *(("qwen2", {"use_sliding_window": True, name: value}, f"{name} {value!r}") for name, value in {"max_window_layers": 1, "sliding_window": "8"}.items()),
+    *(("qwen2", {name: value}, f"{name} {value!r}") for name, value in {"use_sliding_window": "yes", "layer_types": ["sliding_attention"] * 2}.items()),
     ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config {'quant_method': 'gptq', 'bits': 4}"),
     ("llama", {"quantization_config": {}}, "quantization_config {}"),
     ("mistral", {"auto_map": {"AutoModel": "modeling.Own"}}, "auto_map {'AutoModel': 'modeling.Own'}"),
@@ -172,6 +199,10 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "llama3_and_window": ("mistral", {"rope_parameters": LLAMA3 | {"factor": 4.0}, "sliding_window": 64, "head_dim": 20}, 65),
     "linear_tied": ("llama", {"rope_parameters": LINEAR | {"factor": 2.5}, "tie_word_embeddings": True, "num_hidden_layers": 1, "vocab_size": 211}, 64),
     "window_of_two": ("mistral", {"sliding_window": 2, "num_key_value_heads": 4}, 20),  # with 1, transformers 5.23's own cache keeps every key
+    "biases": ("qwen2", {"rope_parameters": MILLION}, 140),
+    "biases_tied": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 1, "vocab_size": 97}, 40),
+    "biases_and_window": ("qwen2", {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 0, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}, 140),
     "window_beyond": ("mistral", {"sliding_window": 4096, "rope_parameters": MILLION, "num_hidden_layers": 3, "num_key_value_heads": 1}, 130),
 }
 PROMPTS = {"grouped": 1, "eight_to_one": 1, "tied_all_heads": 3, "llama3_rope": 1, "head_dim": 5, "window": 1, "yarn": 4, "yarn_given": 3, "llama3_and_window": 5}
+PROMPTS |= {"biases_tied": 1, "biases_and_window": 1}
