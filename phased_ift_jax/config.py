@@ -166,7 +166,7 @@ class TrainingConfig(Section):
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field("cosine", description="as in transformers, formula for formula")
     warmup_ratio: Share = Field(0.1, description="share of a schedule's steps that warm up: ceil(ratio * steps)")
     optim: Literal["adamw", "sgd"] = Field("adamw", description="optimizer; sgd is plain, without momentum")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay, on all weights but norms")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay, on all weights but norms and biases")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of Adam's first moment")
     adam_beta2: float = Field(0.95, ge=0, lt=1, description="decay of Adam's second moment")
     adam_epsilon: float = Field(1.0e-8, gt=0, description="added to the root of Adam's second moment")

@@ -46,12 +46,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         torch = pytest.importorskip("torch", reason="models are made by transformers on torch")
         import transformers
 
+        from phased_ift_jax.models.hf_folder import FAMILIES
+
         key = repr((family, seed, dtype, max_shard_size, sorted(sizes.items())))
         if key not in made:
-            kind = {"llama": "Llama", "mistral": "Mistral"}[family]
-            config = getattr(transformers, f"{kind}Config")(**TINY | {"bos_token_id": 1, "eos_token_id": 2} | sizes)
+            config = transformers.CONFIG_MAPPING[family](**TINY | {"bos_token_id": 1, "eos_token_id": 2} | sizes)
             torch.manual_seed(seed)
-            model = getattr(transformers, f"{kind}ForCausalLM")(config)
+            model = getattr(transformers, FAMILIES[family].ARCHITECTURE)(config)
             with torch.no_grad():
                 for name, weight in model.named_parameters():
                     weight.copy_((1 + 0.3 * torch.randn_like(weight) if "norm" in name else 0.2 * torch.randn_like(weight)).bfloat16())

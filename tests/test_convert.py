@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 from phased_ift_jax import convert, files
 from phased_ift_jax.config import MeshConfig, TrainingConfig
 from phased_ift_jax.models import hf_weights, tensor_files
-from phased_ift_jax.models.hf_folder import open_folder
+from phased_ift_jax.models.hf_folder import FAMILIES, open_folder
 from phased_ift_jax.records import UserError
 from phased_ift_jax.sharding import make_mesh
 from phased_ift_jax.training import conversion, stored
@@ -35,12 +35,12 @@ from phased_ift_jax.training.stored import Stored
 
 BESIDE = {"tokenizer.model": b"\x00\x01pieces\xff", "tokenizer.json": b"{ }\r\n\n", "tokenizer_config.json": b'{"a":1}', "LICENSE.txt": b"may\r\n", "USE_POLICY.md": b"nicely"}
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
-FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
 
 def make_model(folder: Path, family: str = "llama", dtype: str = "bfloat16", count: int = 1, seed: int = 0, **attributes: Any) -> Path:
     """A model folder of random bytes, written by the format's own library: numbers of every kind, NaNs, zeros of both signs."""
-    config = {"model_type": family, "architectures": [FAMILIES[family]], "torch_dtype": dtype, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2} | SIZES | attributes
+    config = {"model_type": family, "architectures": [FAMILIES[family].ARCHITECTURE], "torch_dtype": dtype, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2}
+    config |= SIZES | attributes
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=3))
     for name, content in BESIDE.items():

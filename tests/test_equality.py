@@ -27,7 +27,7 @@ from phased_ift_jax.training.loss import summed_loss
 from phased_ift_jax.training.optimizer import apply, make_optimizer
 from phased_ift_jax.training.step import BATCH_DIMS, Trainer, TrainState
 
-MODEL = DecoderConfig(96, 32, 48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, sliding_window=7, initializer_range=0.3)
+MODEL = DecoderConfig(96, 32, 48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, sliding_window=7, qkv_bias=True, initializer_range=0.3)
 TRAINING = TrainingConfig(learning_rate=1e-3)
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)]
 Result = tuple[float, dict[str, np.ndarray]]
@@ -413,18 +413,28 @@ def test_a_step_takes_over_the_buffers_of_its_state(sizes: tuple[int, int, int],
         assert {leaf[device] for leaf in new} == {leaf[device] for leaf in old}
 
 
+def test_fresh_parameters_are_drawn_as_transformers_draws_them() -> None:
+    """Law: norms are one, biases zero, all else is normal with a deviation of `initializer_range`."""
+    for path, leaf in jax.tree.leaves_with_path(trainer_of(dtype="float32").init_params(0)):
+        name, array = jax.tree_util.keystr(path), np.asarray(leaf)
+        if "norm" in name or "bias" in name:
+            assert (array == ("norm" in name)).all(), name
+        else:
+            assert array.std() == pytest.approx(MODEL.initializer_range, rel=0.1), name
+
+
 # --- the optimizer -------------------------------------------------------------------------------------------------------------
 
 
-def test_only_norms_escape_decay() -> None:
-    """Law: with a zero gradient an update multiplies every weight by 1 - rate * decay, and leaves every norm as it is."""
+def test_only_norms_and_biases_escape_decay() -> None:
+    """Law: with a zero gradient an update multiplies every weight by 1 - rate * decay, and leaves every norm and bias as it is."""
     training = TrainingConfig(weight_decay=0.1)
     optimizer = make_optimizer(training, decoder.parameter_dims(MODEL))
     params = host_params("float64")
-    after, _ = apply(optimizer, params, optimizer.init(params), jax.tree.map(np.zeros_like, params), jnp.float64(0.5))
+    after = jax.jit(lambda params: apply(optimizer, params, optimizer.init(params), jax.tree.map(jnp.zeros_like, params), jnp.float64(0.5))[0])(params)
     for (path, old), new in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(after), strict=True):
         name = jax.tree_util.keystr(path)
-        np.testing.assert_allclose(new, old if "norm" in name else 0.95 * old, rtol=1e-14, err_msg=name)
+        np.testing.assert_allclose(new, old if "norm" in name or "bias" in name else 0.95 * old, rtol=1e-14, err_msg=name)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 10.0], ids=["below the clip", "clipped"])
@@ -437,7 +447,8 @@ def test_adamw_is_torchs(scale: float) -> None:
     optimizer, params = make_optimizer(training, dims), host_params("float64")
     state, update = optimizer.init(params), jax.jit(functools.partial(apply, optimizer))
     tensors = [torch.nn.Parameter(torch.from_numpy(leaf.copy())) for leaf in jax.tree.leaves(params)]
-    groups = [{"params": [t], "weight_decay": 0.0 if letters.endswith("E") else 0.1} for t, letters in zip(tensors, jax.tree.leaves(dims), strict=True)]
+    kept = {"E", "LE", "LNH", "LKH"}  # norms and biases
+    groups = [{"params": [t], "weight_decay": 0.0 if letters in kept else 0.1} for t, letters in zip(tensors, jax.tree.leaves(dims), strict=True)]
     their = torch.optim.AdamW(groups, lr=1.0, betas=(0.8, 0.9), eps=1e-4)
     rng = np.random.default_rng(4)
     for rate in (0.0, 1e-2, 2e-2, 5e-3):

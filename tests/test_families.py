@@ -2,97 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import PUBLISHED, REFUSED, SIZES, YARN
 
 from phased_ift_jax.models import llama, mistral
 from phased_ift_jax.models.attention import Rope
-from phased_ift_jax.models.decoder import DecoderConfig, parameter_shapes
+from phased_ift_jax.models.decoder import DecoderConfig, parameter_dims, parameter_shapes
 from phased_ift_jax.models.hf_folder import FAMILIES
 from phased_ift_jax.records import UserError
 
 transformers = pytest.importorskip("transformers", reason="the truth about a config.json is what transformers makes of it")
 pytest.importorskip("torch", reason="rotary frequencies are compared with transformers' on torch")
 
-CONFIGS = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig}
-
-# config.json as the repositories publish them, without what all of them share
-SHARED = {"bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "initializer_range": 0.02, "rms_norm_eps": 1e-05, "tie_word_embeddings": False, "use_cache": True}
-LLAMA_2 = SHARED | {
-    "_name_or_path": "meta-llama/Llama-2-7b-hf",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "max_position_embeddings": 4096,
-    "model_type": "llama",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 32,
-    "pretraining_tp": 1,
-    "rope_scaling": None,
-    "torch_dtype": "float16",
-    "transformers_version": "4.31.0.dev0",
-    "vocab_size": 32000,
-}
-# as first uploaded: matmuls in 2 slices, 2048 positions
-LLAMA_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_hidden_layers": 40, "num_key_value_heads": 40}
-LLAMA_2_13B = LLAMA_2 | LLAMA_13B | {"max_position_embeddings": 2048, "pad_token_id": 0, "pretraining_tp": 2}
-LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 80, "num_key_value_heads": 8}
-LLAMA_3 = LLAMA_2 | {
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 8192,
-    "num_key_value_heads": 8,
-    "rope_theta": 500000.0,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.40.0.dev0",
-    "vocab_size": 128256,
-}
-LLAMA_3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"}
-LLAMA_31 = LLAMA_3 | {"max_position_embeddings": 131072, "mlp_bias": False, "rope_scaling": LLAMA_3_ROPE, "transformers_version": "4.43.0.dev0"}
-MISTRAL = SHARED | {
-    "architectures": ["MistralForCausalLM"],
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 32768,
-    "model_type": "mistral",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "rope_theta": 10000.0,
-    "sliding_window": 4096,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.34.0.dev0",
-    "vocab_size": 32000,
-}
-MISTRAL_2 = MISTRAL | {"attention_dropout": 0.0, "rope_theta": 1000000.0, "sliding_window": None, "transformers_version": "4.36.0"}
-TINYLLAMA = LLAMA_2 | {"hidden_size": 2048, "intermediate_size": 5632, "max_position_embeddings": 2048, "num_hidden_layers": 22, "num_key_value_heads": 4, "torch_dtype": "float32"}
-
-LLAMA_31_ROPE = Rope(5e5, "llama3", 8.0, 1.0, 4.0, 8192)
-PUBLISHED: dict[str, tuple[dict[str, Any], DecoderConfig, int]] = {
-    "Llama-2-7b-hf": (LLAMA_2, DecoderConfig(32000, 4096, 11008, 32, 32, 32, 128), 6_738_415_616),
-    "Llama-2-13b-hf": (LLAMA_2_13B, DecoderConfig(32000, 5120, 13824, 40, 40, 40, 128), 13_015_864_320),
-    "Llama-2-70b-hf": (LLAMA_2 | LLAMA_70B, DecoderConfig(32000, 8192, 28672, 80, 64, 8, 128), 68_976_648_192),
-    "Meta-Llama-3-8B": (LLAMA_3, DecoderConfig(128256, 4096, 14336, 32, 32, 8, 128, Rope(5e5)), 8_030_261_248),
-    "Meta-Llama-3-70B": (LLAMA_3 | LLAMA_70B, DecoderConfig(128256, 8192, 28672, 80, 64, 8, 128, Rope(5e5)), 70_553_706_496),
-    "Llama-3.1-8B": (LLAMA_31, DecoderConfig(128256, 4096, 14336, 32, 32, 8, 128, LLAMA_31_ROPE), 8_030_261_248),
-    "Llama-3.1-70B": (LLAMA_31 | LLAMA_70B, DecoderConfig(128256, 8192, 28672, 80, 64, 8, 128, LLAMA_31_ROPE), 70_553_706_496),
-    "Mistral-7B-v0.1": (MISTRAL, DecoderConfig(32000, 4096, 14336, 32, 32, 8, 128, sliding_window=4096), 7_241_732_096),
-    "Mistral-7B-Instruct-v0.2": (MISTRAL_2, DecoderConfig(32000, 4096, 14336, 32, 32, 8, 128, Rope(1e6)), 7_241_732_096),
-    "Mistral-7B-v0.3": (MISTRAL_2 | {"vocab_size": 32768, "transformers_version": "4.42.0.dev0"}, DecoderConfig(32768, 4096, 14336, 32, 32, 8, 128, Rope(1e6)), 7_248_023_552),
-    "TinyLlama-1.1B": (TINYLLAMA, DecoderConfig(32000, 2048, 5632, 22, 32, 4, 64), 1_100_048_384),
-}
-SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+CONFIGS = {family: transformers.CONFIG_MAPPING[family] for family in FAMILIES}
 
 
 def opened(family: str, attributes: dict[str, Any]) -> DecoderConfig:
@@ -133,17 +65,18 @@ def test_a_config_that_transformers_saved_again_means_the_same(name: str, use_di
 @pytest.mark.parametrize("family", FAMILIES)
 def test_defaults_are_those_of_transformers(family: str) -> None:
     """Law: an attribute that config.json leaves out has the value that transformers' class of the family gives it."""
-    sizes = SIZES | {"num_attention_heads": 8}
+    sizes = SIZES | {"hidden_size": 64, "num_attention_heads": 32}
     config, theirs = opened(family, sizes), CONFIGS[family](**sizes)
-    for name in ("head_dim", "rms_norm_eps", "tie_word_embeddings", "initializer_range"):
+    for name in ("rms_norm_eps", "tie_word_embeddings", "initializer_range"):
         assert getattr(config, name) == getattr(theirs, name), name
-    assert config.num_kv_heads == theirs.num_key_value_heads == 8
-    assert config.sliding_window == getattr(theirs, "sliding_window", None) == {"llama": None, "mistral": 4096}[family]
+    assert config.num_kv_heads == theirs.num_key_value_heads
+    assert config.head_dim == getattr(theirs, "head_dim", 64 // 32)
+    assert config.sliding_window == getattr(theirs, "sliding_window", None)
     assert config.rope == Rope(theirs.rope_parameters["rope_theta"]) == Rope(10_000.0)
     assert theirs.hidden_act == "silu"
     for name, value in FAMILIES[family].DEFAULTS.items():
-        assert value is None or getattr(CONFIGS[family](), name) == value, name
-    assert opened(family, sizes | {"num_key_value_heads": None, "head_dim": None}) == config
+        assert value is None or getattr(CONFIGS[family], name) == value, name
+    assert opened(family, sizes | {"num_key_value_heads": None, "head_dim": None}) == replace(config, num_kv_heads=32)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -210,73 +143,38 @@ def test_what_states_the_window_must_agree_with_it() -> None:
         assert "layer_types ['full_attention']" in refusal(family, SIZES | extra | {"layer_types": ["full_attention"]})
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_table_of_tensors_names_every_parameter_once(family: str) -> None:
+    """Law: what is read and written is what the model consists of."""
+    parameters = jax.tree.leaves_with_path(parameter_dims(opened(family, SIZES | {"num_key_value_heads": 4})))
+    assert sorted(path for path, *_ in FAMILIES[family].WEIGHTS) == sorted(jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in parameters)
 
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
-NAN = float("nan")
-REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    # numbers of a wrong kind
-    *((family, {name: value}, f"{name} {value!r}") for family in FAMILIES for name in ("vocab_size", "hidden_size") for value in ("4096", -1, 0, 32.0, NAN, True, None)),
-    *(("llama", {name: value}, f"{name} {value!r}") for name in ("rms_norm_eps", "rope_theta", "initializer_range") for value in ("1e-5", -1.0, NAN, True, float("inf"), None)),
-    *(("llama", {name: value}, f"{name} {value!r}") for name in ("num_key_value_heads", "head_dim", "num_hidden_layers") for value in (0, -2, "2", 2.0, False)),
-    ("mistral", {"max_position_embeddings": "32768"}, "max_position_embeddings '32768'"),
-    ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps 1000"),
-    ("llama", {"tie_word_embeddings": "yes"}, "tie_word_embeddings 'yes'"),
-    ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings 1"),
-    ("llama", {"pretraining_tp": 0}, "pretraining_tp 0"),
-    # sizes that do not fit together
-    ("llama", {"num_attention_heads": 5}, "hidden_size 32"),
-    ("llama", {"num_key_value_heads": 3}, "num_key_value_heads 3"),
-    ("mistral", {}, "num_key_value_heads 8"),
-    ("llama", {"head_dim": 7}, "head_dim 7"),
-    ("llama", {"hidden_size": 36}, "head_dim 9"),
-    # other mathematics
-    *((family, {name: True}, f"{name} True") for family in FAMILIES for name in ("attention_bias", "mlp_bias", "rope_interleaved")),
-    *(("llama", {name: True}, f"{name} True") for name in ("is_encoder_decoder", "add_cross_attention", "torchscript")),
-    ("llama", {"attention_bias": 0}, "attention_bias 0"),
-    ("llama", {"is_causal": False}, "is_causal False"),
-    ("mistral", {"attention_dropout": 0.1}, "attention_dropout 0.1"),
-    ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-    ("llama", {"hidden_act": ["silu"]}, "hidden_act ['silu']"),
-    ("llama", {"sliding_window": 4096}, "sliding_window 4096"),
-    *(("mistral", {"sliding_window": value}, f"sliding_window {value!r}") for value in (0, -1, "8", 8.0, True)),
-    ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config {'quant_method': 'gptq', 'bits': 4}"),
-    ("llama", {"quantization_config": {}}, "quantization_config {}"),
-    ("mistral", {"auto_map": {"AutoModel": "modeling.Own"}}, "auto_map {'AutoModel': 'modeling.Own'}"),
-    ("llama", {"pruned_heads": {"1": [0]}}, "pruned_heads {'1': [0]}"),
-    ("llama", {"per_layer_config": {"0": {"hidden_act": "gelu"}}}, "per_layer_config {'0': {'hidden_act': 'gelu'}}"),
-    ("llama", {"num_local_experts": 8}, "num_local_experts 8"),
-    ("mistral", {"num_experts_per_tok": 2}, "num_experts_per_tok 2"),
-    ("llama", {"logits_scaling": 8.0}, "logits_scaling 8.0"),
-    ("llama", {"an_invention": "x\ny"}, "an_invention 'x\\ny'"),
-    # rotary positions
-    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-    ("llama", {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e4}}, "rope_theta 1000000.0"),
-    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_scaling"),
-    ("llama", {"rope_scaling": "linear"}, "rope_scaling 'linear'"),
-    ("llama", {"rope_scaling": {"factor": 2.0}}, "rope_scaling.factor 2.0"),
-    ("llama", {"rope_scaling": {"type": "linear", "rope_type": "llama3", "factor": 2.0}}, "rope_scaling.type 'linear'"),
-    ("llama", {"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor '2'"),
-    ("llama", {"rope_scaling": {"type": "linear"}}, "needs factor"),
-    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 32}}, "rope_scaling.beta_fast 32"),
-    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.25}}, "rope_scaling.partial_rotary_factor 0.25"),
-    *(("llama", {"rope_scaling": {"type": kind, "factor": 2.0}}, f"rope scaling {kind!r}") for kind in ("dynamic", "longrope", "su", "proportional", "mrope", None, ["yarn"])),
-    ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters.full_attention {'rope_type': 'default'}"),
-    ("llama", {"rope_parameters": {key: value for key, value in YARN.items() if key != "factor"}}, "needs factor"),
-    *(
-        ("mistral", {"rope_parameters": YARN | {name: value}}, f"rope_parameters.{name} {value!r}")
-        for name, value in {"factor": 0, "attention_factor": 0.0, "beta_fast": -1, "truncate": 1, "mscale": "1", "rope_theta": 1.0, "x": 1}.items()
-    ),
-    ("llama", {"rope_parameters": YARN, "original_max_position_embeddings": 32}, "original_max_position_embeddings 32"),
-    ("llama", {"rope_parameters": {**LLAMA_3_ROPE, "low_freq_factor": 4.0}}, "high_freq_factor 4.0"),
-    ("llama", {"rope_parameters": {key: value for key, value in LLAMA_3_ROPE.items() if key != "low_freq_factor"}}, "needs low_freq_factor"),
-]
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_window_is_the_one_of_every_layer_of_transformers(family: str) -> None:
+    """Law: however config.json states windows, what opens has transformers' window in every layer; what has several is refused."""
+    found = set()
+    for window, used, first in itertools.product((..., None, 8), (..., True, False), (..., 0, 1, 2, 28)):
+        stated = {"sliding_window": window, "use_sliding_window": used, "max_window_layers": first}
+        attributes = SIZES | {"num_key_value_heads": 4} | {name: value for name, value in stated.items() if value is not ...}
+        theirs = CONFIGS[family](**attributes)
+        kinds = getattr(theirs, "layer_types", None) or ["sliding_attention"] * theirs.num_hidden_layers
+        try:
+            ours = opened(family, attributes).sliding_window
+        except UserError:
+            continue
+        assert {getattr(theirs, "sliding_window", None) if kind == "sliding_attention" else None for kind in kinds} == {ours}, attributes
+        found.add(ours)
+    assert found == ({None} if family == "llama" else {None, 8, 4096})
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("family", "changes", "words"), REFUSED, ids=lambda value: value[:60].encode("ascii", "backslashreplace").decode() if isinstance(value, str) else "")
 def test_what_we_do_not_compute_is_refused_by_name(family: str, changes: dict[str, Any], words: str) -> None:
     """Law: an attribute or a value that we do not compute, or do not know, is one line that names it and its value."""
-    fits = SIZES | ({"num_key_value_heads": 4} if family == "mistral" and changes else {})
+    fits = SIZES | ({"num_key_value_heads": 4} if family != "llama" and changes else {})
     assert words in refusal(family, fits | changes)
 
 

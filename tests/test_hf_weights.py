@@ -15,7 +15,7 @@ import pytest
 
 from phased_ift_jax.config import MeshConfig, TrainingConfig
 from phased_ift_jax.models import hf_export, hf_weights, tensor_files
-from phased_ift_jax.models.hf_folder import Folder, open_folder
+from phased_ift_jax.models.hf_folder import FAMILIES, Folder, open_folder
 from phased_ift_jax.records import UserError
 from phased_ift_jax.sharding import make_mesh
 from phased_ift_jax.training.step import Trainer
@@ -109,7 +109,7 @@ def reconfigure(folder: Path, **changes: object) -> None:
         ("llama", {"dtype": "float32"}),
         ("llama", {"dtype": "bfloat16", "tie_word_embeddings": True, "max_shard_size": "20KB"}),
         ("llama", {"dtype": "float16", "head_dim": 12, "num_key_value_heads": 1}),
-        ("mistral", {"dtype": "bfloat16", "sliding_window": 8}),
+        *((family, {"dtype": "bfloat16"}) for family in FAMILIES),
         ("mistral", {"dtype": "float16", "tie_word_embeddings": True, "max_shard_size": "20KB"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),

@@ -19,12 +19,15 @@ from phased_ift_jax.config import TEMPLATES as CONFIG_TEMPLATES
 from phased_ift_jax.data import readers
 from phased_ift_jax.data.phases import plain
 from phased_ift_jax.data.templates import TEMPLATES, render
-from phased_ift_jax.data.tokenization import decode, load_tokenizer, prompt_ids, tokenize
+from phased_ift_jax.data.tokenization import decode, end_of_response, load_tokenizer, prompt_ids, tokenize
 from phased_ift_jax.records import InstructionRecord, Quarantined, Source, TokenizedExample, Turn, UserError
 
 BOS, EOS, SPACE = 1, 2, 29871  # Llama-2
 OURS = ["user_assistant", "alpaca", "llama2_chat", "mistral_instruct"]
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+QWEN2 = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+QWEN2 += "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+QWEN2 += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 LLAMA_CHAT = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content | trim }} [/INST]{% else %} {{ m.content | trim }} {{ eos_token }}{% endif %}{% endfor %}"
 )
@@ -378,11 +381,37 @@ def test_a_folder_without_a_usable_tokenizer_is_one_line(files: dict[str, str], 
     assert "\n" not in str(caught.value)
 
 
-def test_a_tokenizer_without_beginning_or_end_is_refused(tmp_path: Path) -> None:
+def configured(folder: Path, **settings: Any) -> Any:
+    """The tokenizer of a folder with another tokenizer_config.json."""
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **settings}), encoding="utf-8")
+    return load_tokenizer(folder)
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
     small_tokenizer(tmp_path / "t")
-    for name in ("bos_token", "eos_token"):
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-        del settings[name]
-        (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-        with pytest.raises(UserError, match=f"has no {name}"):
-            load_tokenizer(tmp_path / "t")
+    with pytest.raises(UserError, match="has no eos_token"):
+        configured(tmp_path / "t", bos_token="<s>")
+
+
+@pytest.mark.parametrize("template", OURS)
+def test_without_a_beginning_a_text_is_the_same_but_for_it(template: str, tmp_path: Path) -> None:
+    begun = small_tokenizer(tmp_path / "t")
+    tokenizer = configured(tmp_path / "t", bos_token=None, eos_token="</s>")
+    for text in (CHAT, POEM):
+        example, other = one(text, tokenizer, template), one(text, begun, template)
+        assert example.tokens.tolist() == [token for token in other.tokens.tolist() if token != begun.bos_token_id]
+        assert trained(example) == trained(other)
+        assert np.array_equal(prompt_ids(text, tokenizer, template), example.tokens[: example.response_start])
+
+
+def test_qwen2s_chat_template(tmp_path: Path) -> None:
+    """Its tokenizer has no beginning-of-sequence token, reads what is composed in Unicode, and its template has a system text of its own."""
+    small_tokenizer(tmp_path / "t", normalizers.NFC(), eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = configured(tmp_path / "t", bos_token=None, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=QWEN2)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    example, written = one(POEM, tokenizer, "tokenizer"), POEM.turns[0]
+    text = f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{written.instruction}<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(example.tokens) == f"{text}{written.response}<|im_end|>"
+    assert tokenizer.decode(prompt_ids(POEM, tokenizer, "tokenizer")) == text
+    assert [response_text(ids, tokenizer) for ids in trained(one(CHAT, tokenizer, "tokenizer"))] == ["Hi!", "Five.\n", "You are welcome"]
+    assert end_of_response(tokenizer, "tokenizer") == tokenizer.eos_token_id == trained(example)[0][-1]

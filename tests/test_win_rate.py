@@ -117,6 +117,9 @@ def test_nine_branches() -> None:
     scores = scores_of(made([(shown[one], shown[two]) for one, two in NINE]))
     for rule, branches in (("paper", NINE), ("conservative", CONSERVATIVE)):
         assert [{0.5: "win", 0.0: "tie", -0.5: "lose"}[point] for point in points(scores, rule)] == list(branches.values())
+    script = points(scores, "official_script")  # drops what has a zero, as each tie here
+    assert np.isnan(script).tolist() == ["=" in branch for branch in NINE]
+    np.testing.assert_array_equal(script[~np.isnan(script)], points(scores)[~np.isnan(script)])
 
 
 @settings(deadline=None)
@@ -176,6 +179,12 @@ def test_a_mean_of_points_is_the_papers_formula() -> None:
     assert tally(one) == {"win": 2, "tie": 1, "lose": 1, "invalid": 1, "pairs": 5}
     assert overall([one[None]]) == (2 + 0.5) / 4 - 0.5
     assert overall([counted(one, -0.5)[None]]) == pytest.approx((2 + 0.5) / 5 - 0.5)
+
+
+def test_sets_weigh_by_their_prompts() -> None:
+    won, lost, none = np.full((1, 3), 0.5), np.full((1, 1), -0.5), np.full((1, 5), np.nan)
+    assert overall([won, lost]) == (3 * 0.5 - 0.5) / 4
+    assert overall([won, lost, none]) == overall([won, lost])  # a set without a verdict has no weight
 
 
 @settings(deadline=None)
@@ -263,6 +272,14 @@ def test_a_recorded_score_that_is_none_is_an_invalid_order(tmp_path: Path, score
     assert judgment.orders[1].scores is None
     assert judgment.orders[1].outcome in ("unparseable", "out_of_range")
     assert compare([judgment])["headline"]["conclusion"] == "no_verdict"
+
+
+def test_recorded_scores_by_place_become_scores_by_model(tmp_path: Path) -> None:
+    path = tmp_path / "log.json"
+    row = {"text": "Why?", "Answer1": "a b", "Answer2": "c", "scores": "[8.0, 7.0]", "scores_reverse": "[5.0, 9.0]"}
+    path.write_text(json.dumps({"Meta_Info": {"dataset_name": "vicuna"}, "data": [row]}))
+    (judgment,) = read_judgments(path, "gpt-4")
+    assert [order.scores for order in judgment.orders] == [(8.0, 7.0), (9.0, 5.0)]
 
 
 def test_judgments_that_are_not_of_one_comparison_are_refused() -> None:

@@ -55,6 +55,11 @@ def _turnwise(before: Callable[[InstructionRecord, int, Any], str], lead: str, t
     return template
 
 
+def _begin(tokenizer: Any) -> str:
+    """The beginning-of-sequence token, where the tokenizer has one (Qwen2's has none)."""
+    return tokenizer.bos_token or ""
+
+
 def _with_system(record: InstructionRecord, number: int) -> str:
     user = join_input(record.turns[number])
     return f"{record.system}\n{user}" if record.system and number == 0 else user
@@ -62,7 +67,7 @@ def _with_system(record: InstructionRecord, number: int) -> str:
 
 def _user_assistant(record: InstructionRecord, number: int, tokenizer: Any) -> str:
     # PhasedSFT's format; the space after the colon belongs to the response's first token, so the prompt ends in the colon
-    return (tokenizer.bos_token if number == 0 else "") + f"User: {_with_system(record, number)}{tokenizer.eos_token}\nAssistant:"
+    return (_begin(tokenizer) if number == 0 else "") + f"User: {_with_system(record, number)}{tokenizer.eos_token}\nAssistant:"
 
 
 def _alpaca(record: InstructionRecord, number: int, tokenizer: Any) -> str:
@@ -70,7 +75,7 @@ def _alpaca(record: InstructionRecord, number: int, tokenizer: Any) -> str:
     turn = record.turns[number]
     paired = ", paired with an input that provides further context" if turn.input else ""
     opening = record.system or f"Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
-    opening = f"{tokenizer.bos_token}{opening}\n\n" if number == 0 else "\n\n"
+    opening = f"{_begin(tokenizer)}{opening}\n\n" if number == 0 else "\n\n"
     given = f"### Input:\n{turn.input}\n\n" if turn.input else ""
     return f"{opening}### Instruction:\n{turn.instruction}\n\n{given}### Response:\n"
 
@@ -78,12 +83,12 @@ def _alpaca(record: InstructionRecord, number: int, tokenizer: Any) -> str:
 def _llama2_chat(record: InstructionRecord, number: int, tokenizer: Any) -> str:
     # Meta's llama/generation.py: every turn has its own BOS and EOS
     system = f"<<SYS>>\n{record.system}\n<</SYS>>\n\n" if record.system and number == 0 else ""
-    return f"{tokenizer.bos_token}[INST] {system}{join_input(record.turns[number])} [/INST]"
+    return f"{_begin(tokenizer)}[INST] {system}{join_input(record.turns[number])} [/INST]"
 
 
 def _mistral_instruct(record: InstructionRecord, number: int, tokenizer: Any) -> str:
     # mistral-common's v1 instruct format: one BOS, an EOS after every response
-    return (tokenizer.bos_token if number == 0 else "") + f"[INST] {_with_system(record, number)} [/INST]"
+    return (_begin(tokenizer) if number == 0 else "") + f"[INST] {_with_system(record, number)} [/INST]"
 
 
 def _chat_template(record: InstructionRecord, tokenizer: Any) -> Rendered:

@@ -30,7 +30,7 @@ def load_tokenizer(folder: Path, vocab_size: int | None = None) -> Any:
     Special tokens and chat template are those of tokenizer_config.json, special_tokens_map.json and the like. Only local files are read.
 
     Raises:
-        UserError: there is none, it cannot be had exactly, it has no beginning- or end-of-sequence token, or more tokens than the model (`vocab_size`).
+        UserError: there is none, it cannot be had exactly, it has no end-of-sequence token, or more tokens than the model (`vocab_size`).
     """
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         raise UserError(f"model.model_name_or_path: '{pictures.shown(folder)}' has no tokenizer.json and no tokenizer.model")
@@ -53,9 +53,8 @@ def load_tokenizer(folder: Path, vocab_size: int | None = None) -> Any:
         except Exception as error:  # transformers raises many kinds for a folder it cannot read
             raise UserError(f"model.model_name_or_path: the tokenizer of '{pictures.shown(folder)}' does not load: " + " ".join(str(error).split())) from None
     tokenizer.name_or_path = str(folder)
-    for name in ("bos_token", "eos_token"):
-        if not getattr(tokenizer, name):
-            raise UserError(f"model.model_name_or_path: the tokenizer of '{pictures.shown(folder)}' has no {name}")
+    if not tokenizer.eos_token:
+        raise UserError(f"model.model_name_or_path: the tokenizer of '{pictures.shown(folder)}' has no eos_token")
     if vocab_size is not None and len(tokenizer) > vocab_size:
         raise UserError(f"model.model_name_or_path: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {vocab_size}")
     return tokenizer
@@ -117,7 +116,7 @@ def _control_in(record: InstructionRecord, control: list[str]) -> str | None:
 def _example(rendered: Rendered, encoding: Any, tokenizer: Any, max_length: int, truncation: str) -> TokenizedExample | str:
     """An example, or the reason why there is none."""
     tokens = np.array(encoding.ids, np.int32)
-    if rendered.text.startswith(tokenizer.bos_token) and tokens[0] != tokenizer.bos_token_id:
+    if tokenizer.bos_token and rendered.text.startswith(tokenizer.bos_token) and tokens[0] != tokenizer.bos_token_id:
         raise UserError("model.model_name_or_path: the tokenizer does not read its own beginning-of-sequence token")
     written = (rendered.text[slice(*encoding.offsets[at])] for at in np.flatnonzero(tokens == tokenizer.unk_token_id))
     unknown = next((text for text in written if text != tokenizer.unk_token), None)  # some tokenizers have one token for unk, BOS and EOS

@@ -37,12 +37,13 @@ class DecoderConfig:
     rope: Rope = Rope()  # noqa: RUF009 - frozen
     rms_norm_eps: float = 1e-5
     sliding_window: int | None = None
+    qkv_bias: bool = False  # queries, keys and values each have a bias
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 
     @property
     def matmul_parameters(self) -> int:
-        """Parameters that every token is multiplied with: all but the input embedding's lookup and the norms."""
+        """Parameters that every token is multiplied with: all but the input embedding's lookup, norms and biases."""
         attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
         return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size) + self.vocab_size * self.hidden_size
 
@@ -72,8 +73,9 @@ class Compute:
 
 def parameter_dims(config: DecoderConfig) -> dict[str, Any]:
     """The dims of every parameter, in the legend's letters, as the tree that `init_params` makes."""
+    biases = {"q_bias": "LNH", "k_bias": "LKH", "v_bias": "LKH"} if config.qkv_bias else {}
     layers = {
-        "attention": {"q": "LNHD", "k": "LKHD", "v": "LKHD", "o": "LNHD"},
+        "attention": {"q": "LNHD", "k": "LKHD", "v": "LKHD", "o": "LNHD"} | biases,
         "mlp": {"gate": "LDF", "up": "LDF", "down": "LFD"},
         "attention_norm": "LE",
         "mlp_norm": "LE",
@@ -90,15 +92,20 @@ def parameter_shapes(config: DecoderConfig, dtype: jnp.dtype) -> Params:
 
 
 def init_params(config: DecoderConfig, key: jax.Array, dtype: jnp.dtype) -> Params:
-    """Random parameters as transformers draws them: normal with `initializer_range`, norms at one. Jit it with out_shardings."""
+    """Random parameters as transformers draws them: normal with `initializer_range`, norms at one, biases at zero. Jit it with out_shardings."""
     shapes, structure = jax.tree.flatten(parameter_shapes(config, dtype))
     dims = jax.tree.leaves(parameter_dims(config))
     keys = jax.random.split(key, len(shapes))
     leaves = [
-        jnp.ones(leaf.shape, dtype) if letters.endswith("E") else (config.initializer_range * jax.random.normal(k, leaf.shape, jnp.float32)).astype(dtype)
+        (config.initializer_range * jax.random.normal(k, leaf.shape, jnp.float32)).astype(dtype) if is_matrix(letters) else jnp.full(leaf.shape, letters.endswith("E"), dtype)
         for k, leaf, letters in zip(keys, shapes, dims, strict=True)
     ]
     return jax.tree.unflatten(structure, leaves)
+
+
+def is_matrix(dims: str) -> bool:
+    """Whether a parameter of these dims is a matrix, of each layer or of each head: not a norm's scale, not a bias. Matrices have the model's width."""
+    return "D" in dims
 
 
 class RMSNorm(nnx.Module):
@@ -126,15 +133,28 @@ def out_of_heads(x_BTNH: jax.Array, weight_NHD: jax.Array) -> jax.Array:
     return jnp.einsum("BTE,ED->BTD", x_BTNH.reshape(*x_BTNH.shape[:2], -1), weight_NHD.reshape(-1, weight_NHD.shape[-1]))
 
 
+class Heads(nnx.Module):
+    """From the model's width to heads, with a bias where the family has one."""
+
+    def __init__(self, params: Params, name: str) -> None:
+        self.weight = nnx.Param(params[name])
+        self.bias = nnx.Param(params[f"{name}_bias"]) if f"{name}_bias" in params else None
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        y_BTNH = into_heads(x_BTD, self.weight[...])
+        return y_BTNH if self.bias is None else y_BTNH + self.bias[...]
+
+
 class Attention(nnx.Module):
     """Projections around attention."""
 
     def __init__(self, params: Params) -> None:
-        self.q, self.k, self.v, self.o = (nnx.Param(params[name]) for name in "qkvo")
+        self.q, self.k, self.v = (Heads(params, name) for name in "qkv")
+        self.o = nnx.Param(params["o"])
 
     def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
-        q_BTNH, k_BTKH = (rotate(into_heads(x_BTD, weight[...]), context.rotation) for weight in (self.q, self.k))
-        return out_of_heads(context.attend(q_BTNH, k_BTKH, into_heads(x_BTD, self.v[...])), self.o[...])
+        q_BTNH, k_BTKH = (rotate(heads(x_BTD), context.rotation) for heads in (self.q, self.k))
+        return out_of_heads(context.attend(q_BTNH, k_BTKH, self.v(x_BTD)), self.o[...])
 
 
 @jax.custom_vjp

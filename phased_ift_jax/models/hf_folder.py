@@ -11,12 +11,12 @@ from types import ModuleType
 from typing import Any
 
 from phased_ift_jax import pictures
-from phased_ift_jax.models import hub, llama, mistral
+from phased_ift_jax.models import hub, llama, mistral, qwen2
 from phased_ift_jax.models.decoder import DecoderConfig
 from phased_ift_jax.models.tensor_files import weight_files
 from phased_ift_jax.records import UserError
 
-FAMILIES: dict[str, ModuleType] = {"llama": llama, "mistral": mistral}
+FAMILIES: dict[str, ModuleType] = {"llama": llama, "mistral": mistral, "qwen2": qwen2}
 BESIDE = (
     "tokenizer*",
     "special_tokens_map.json",

@@ -92,6 +92,7 @@ FIXED = {
     "sliding_window": _only(None),
     "partial_rotary_factor": _only(1.0, None),
     "rope_interleaved": _only(False),
+    "use_mrope": _only(False),
     "attention_dropout": _only(0.0, why=": attention has no dropout here"),
     "attention_bias": _only(False),
     "mlp_bias": _only(False),
@@ -162,7 +163,7 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
 
 def from_attributes(hf: dict[str, Any], attributes: Mapping[str, Kind], defaults: Mapping[str, Any]) -> DecoderConfig:
     """A decoder from config.json, by a family's table and its defaults."""
-    _check(hf, attributes)
+    check(hf, attributes)
     if missing := [name for name in SIZES if name not in hf]:
         raise UserError(f"config.json: {', '.join(missing)} missing; the model's own config.json has every size")
     hf = {**defaults, **hf}
@@ -209,7 +210,7 @@ def _rope(hf: dict[str, Any], where: str, scaling: dict[str, Any]) -> Rope:
         raise UserError(f"config.json: {where}.type {_shown(scaling['type'])} disagrees with rope_type {_shown(kind)}; leave type out")
     if not isinstance(kind, str) or kind not in ROPES:
         raise UserError(f"config.json: rope scaling {_shown(kind)} is not supported (only {', '.join(ROPES)}){ROPE_REASONS.get(str(kind), '')}")
-    _check(scaling, ROPE_SHARED | ROPES[kind], f"{where}.")
+    check(scaling, ROPE_SHARED | ROPES[kind], f"{where}.")
     if missing := [name for name in ROPE_NEEDS if name in ROPES[kind] and name not in scaling]:
         raise UserError(f"config.json: rope scaling {kind!r} needs {', '.join(missing)}")
     theta = float(_agreed(hf, where, scaling, "rope_theta", 10_000.0))
@@ -255,7 +256,7 @@ def _check_layers(hf: dict[str, Any]) -> None:
             raise UserError(f"config.json: {name} {_shown(hf[name])} does not agree with sliding_window {window} in every layer; it must be {_shown(value)}")
 
 
-def _check(hf: dict[str, Any], table: Mapping[str, Kind], where: str = "") -> None:
+def check(hf: dict[str, Any], table: Mapping[str, Kind], where: str = "") -> None:
     """Refuse the first attribute that the table does not know, or whose value is not of its kind."""
     for name, value in hf.items():
         if name not in table:

@@ -45,7 +45,8 @@ def ratios(records: Sequence[InstructionRecord], model: str, template: str, max_
     made = list(tokenize(records, tokenizer, template, longest))
     special, usable = set(tokenizer.all_special_ids), [example for example in made if isinstance(example, TokenizedExample)]
     prompted = [_without_end(example, special) for example in usable]
-    alone = [_alone(example, span, tokenizer.bos_token_id) for example in prompted for span in example.responses]
+    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id  # without one, it is the end of a text before
+    alone = [_alone(example, span, begin) for example in prompted for span in example.responses]
     owner = np.repeat(np.arange(len(prompted)), [len(example.responses) for example in prompted])
 
     sums = summed_losses(trainer, _params(folder, trainer), [*prompted, *alone]) if usable else np.zeros(0)
@@ -76,9 +77,9 @@ def _without_end(example: TokenizedExample, special: set[int]) -> TokenizedExamp
     return TokenizedExample(example.tokens, spans)
 
 
-def _alone(example: TokenizedExample, span: tuple[int, int], bos: int) -> TokenizedExample:
-    """The same tokens of a response, after the beginning-of-sequence token alone."""
-    tokens = np.concatenate([[bos], example.tokens[slice(*span)]]).astype(np.int32)
+def _alone(example: TokenizedExample, span: tuple[int, int], begin: int) -> TokenizedExample:
+    """The same tokens of a response, after the token alone that begins a sequence."""
+    tokens = np.concatenate([[begin], example.tokens[slice(*span)]]).astype(np.int32)
     return TokenizedExample(tokens, ((1, len(tokens)),))
 
 

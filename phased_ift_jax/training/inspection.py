@@ -84,7 +84,7 @@ def _tokenizer(folder: Folder, *_: object) -> dict[str, Any]:
     return {
         "tokenizer": "tokenizer.json" if (folder.path / "tokenizer.json").exists() else "tokenizer.model",
         "tokens": len(tokenizer),
-        "beginning of sequence": f"{tokenizer.bos_token} ({tokenizer.bos_token_id})",
+        "beginning of sequence": f"{tokenizer.bos_token} ({tokenizer.bos_token_id})" if tokenizer.bos_token else None,
         "end of sequence": f"{tokenizer.eos_token} ({tokenizer.eos_token_id})",
         "chat template": "yes" if tokenizer.chat_template else "no",
     }

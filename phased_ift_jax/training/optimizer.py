@@ -1,4 +1,4 @@
-"""AdamW through optax, as `torch.optim.AdamW` under transformers' Trainer: clip, moments, decoupled decay on all but norms."""
+"""AdamW through optax, as `torch.optim.AdamW` under transformers' Trainer: clip, moments, decoupled decay on all but norms and biases."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import optax
 from jax.sharding import Mesh
 
 from phased_ift_jax.config import TrainingConfig
-from phased_ift_jax.models.decoder import Params
+from phased_ift_jax.models.decoder import Params, is_matrix
 from phased_ift_jax.sharding import replicated
 
 
 def make_optimizer(training: TrainingConfig, parameter_dims: Any) -> optax.GradientTransformation:
     """A transformation whose updates are to be scaled by minus the learning rate (the train step does, see `apply`)."""
-    decayed = jax.tree.map(lambda dims: not dims.endswith("E"), parameter_dims)
+    decayed = jax.tree.map(is_matrix, parameter_dims)
     adam = optax.scale_by_adam(training.adam_beta1, training.adam_beta2, training.adam_epsilon, mu_dtype=training.adam_mu_dtype)
     moments = adam if training.optim == "adamw" else optax.identity()
     return optax.chain(optax.clip_by_global_norm(training.max_grad_norm), moments, optax.add_decayed_weights(training.weight_decay, mask=decayed))
