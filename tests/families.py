@@ -112,6 +112,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_ma
 YARN_DEEPSEEK = YARN | {"factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.5, "beta_fast": 16, "beta_slow": 2, "truncate": False}
 YARN_GIVEN = YARN | {"rope_theta": 500.0, "attention_factor": 0.7, "original_max_position_embeddings": 32}
 MILLION = {"rope_type": "default", "rope_theta": 1e6}
+WINDOW_IN_ALL = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 0}
 NAN = float("nan")
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     # numbers of a wrong kind
@@ -201,7 +202,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "window_of_two": ("mistral", {"sliding_window": 2, "num_key_value_heads": 4}, 20),  # with 1, transformers 5.23's own cache keeps every key
     "biases": ("qwen2", {"rope_parameters": MILLION}, 140),
     "biases_tied": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 1, "vocab_size": 97}, 40),
-    "biases_and_window": ("qwen2", {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 0, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}, 140),
+    "biases_and_window": ("qwen2", WINDOW_IN_ALL | {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}, 140),
     "window_beyond": ("mistral", {"sliding_window": 4096, "rope_parameters": MILLION, "num_hidden_layers": 3, "num_key_value_heads": 1}, 130),
 }
 PROMPTS = {"grouped": 1, "eight_to_one": 1, "tied_all_heads": 3, "llama3_rope": 1, "head_dim": 5, "window": 1, "yarn": 4, "yarn_given": 3, "llama3_and_window": 5}

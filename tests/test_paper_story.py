@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_without_run_every_command_is_printed_with_its_estimate_and_verbs_take_i
     assert calls(tmp_path) == []
     assert list((tmp_path / "work").iterdir()) == []
     steps: list[tuple[str, Namespace]] = []
-    for before, line in zip(lines, lines[1:], strict=False):
+    for before, line in pairwise(lines):
         launcher, python, words = line.partition("python -m phased_ift_jax.")
         if python and not line.startswith("#"):
             assert launcher in ("", f"{ROOT}/launch/until_done.sh ")
@@ -284,7 +285,7 @@ def test_the_whole_story_with_real_verbs(tmp_path: Path, shared_data: Path) -> N
     assert "training" not in said[1].partition("== 5.")[2]
     out = folder / "runs/paper/llama2_7b_alpaca"
     found = json.loads((out / "report.json").read_text())
-    assert {arm["name"]: arm["seeds"] for arm in found["arms"]} == dict.fromkeys(("phased", "one_off", "random"), [3517, 3518, 3519])
+    assert {arm["name"]: arm["seeds"] for arm in found["arms"]} == {arm: [3517, 3518, 3519] for arm in ("phased", "one_off", "random")}
     assert [(compared["runs"], compared["prompts"]) for compared in found["comparisons"]] == [(3, 18), (3, 18)]
     (direct,) = json.loads((out / "phased-against-random/report.json").read_text())["comparisons"]
     assert (direct["runs"], direct["prompts"]) == (3, 18)
