@@ -276,7 +276,7 @@ BAD = [
     ({}, ("--shard", "2/2"), "--shard: '2/2' is not I/N"),
     ({}, ("--seed", "3"), "--seed: an experiment has `seeds`"),
     ({}, ("--usd_per_hour", "1"), "--usd_per_hour: 1.0 is no price, or there is no --plan to tell it"),
-    ({}, ("--evaluation.judging.modle", "x"), "unknown key evaluation.judging.modle; did you mean evaluation.judging.model?"),
+    ({}, ("--evaluation.judging.modell", "x"), "unknown key evaluation.judging.modell; did you mean evaluation.judging.model?"),
     ({"evaluation": {"prompts": ["a.jsonl"]}}, ("--evaluation.judging.budget_usd", "-1"), "evaluation.judging.budget_usd: input should be greater than 0"),
     ({}, ("--training.learning_rte", "1"), "unknown key training.learning_rte; did you mean training.learning_rate?"),
 ]
