@@ -36,6 +36,7 @@ END
 
 refuse() { echo "error: $*" >&2 && exit 2; }
 
+# shellcheck disable=SC2034 # two are read by their names
 name='' run='' scorer='' score_usd='' judge='' judge_usd='' base_url='' reasoning_effort='' split='' topology='' usd_per_chip_hour='' shard=0/1 keys=()
 while [ $# -gt 0 ]; do
   flag=${1%%=*} flag=${flag#--}
@@ -72,7 +73,7 @@ model=${name%%_alpaca*} data=alpaca
 case $name in *_cleaned) data=alpaca_cleaned ;; esac
 value() { sed -n "s/^ *$1: *\([^#]*[^# ]\).*/\1/p" "$root/configs/paper/$name.yaml"; } # of a key
 told() { awk -v word="$1:" '/^# [^ ]/ { on = $2 == word } on' "$root/configs/paper/$name.yaml"; } # what the experiment's head says under a word
-out=$(value output_dir) base=$(value model_name_or_path) seeds=$(value seeds | tr -d '[,]') limit=$(value '.*max_completion_tokens' | tr -dc 0-9)
+out=$(value output_dir) base=$(value model_name_or_path) seeds=$(value seeds | tr -d '],[') limit=$(value '.*max_completion_tokens' | tr -dc 0-9)
 
 python=${PYTHON:-$root/.venv/bin/python}
 if [ -n "$run" ]; then
@@ -111,30 +112,32 @@ step() { # FILE ESTIMATE VERB WORDS...: done where FILE is there (-: the verb it
 
 # ---- what the experiment reads ----------------------------------------------------------------------------------------------
 
-scored=data/${data}_scored.jsonl phases=data/${data}_phases asking=(--model "$scorer" ${how[@]+"${how[@]}"})
+scored=data/${data}_scored.jsonl phases=data/${data}_phases
 case $data in
   alpaca) raw=data/alpaca_data.json sizes='--sizes paper' ;;                          # 30.3k, 14.7k and 6.8k
   alpaca_cleaned) raw=hub:yahma/alpaca-cleaned sizes='--sizes 0.462 0.317 0.221' ;; # 23.9k, 16.4k and 11.4k
 esac
 before() {
   chapter "1. Data: instructions, the paper's own scores as far as they were released, and six test sets of 1,047 prompts"
-  case $data in alpaca) step $raw "a download" fetch alpaca --out data ;; *) echo && echo "# $raw is read from the hub by what needs it" ;; esac
+  case $data in alpaca) step "$raw" "a download" fetch alpaca --out data ;; *) echo && echo "# $raw is read from the hub by what needs it" ;; esac
   step data/en-alpaca52k-stage3.jsonl "a download; 6,889 records with GPT-4's scores, to hold the new scorer against" fetch alpaca-scored --out data
   step data/anthropic_test_set.jsonl "downloads" fetch testsets --out data
 
   chapter "2. Scores: how difficult each record is, asked once and never paid for twice"
-  step "${scored%.jsonl}.card.json" "nothing is sent: what all would cost
-$(told score)" score $raw --out "$scored" "${asking[@]}" --dry_run
-  step "${scored%.jsonl}.card.json" "200 questions, which are part of the whole, and a forecast from their answers" score $raw --out "$scored" "${asking[@]}" --budget_usd "$score_usd" --pilot 200
-  step "${scored%.jsonl}.card.json" "the rest, for at most $score_usd USD in all" score $raw --out "$scored" "${asking[@]}" --budget_usd "$score_usd"
-  step "${phases}_calibration.txt" "seconds: how far the scorer agrees with the paper's, on the stage that was released" calibrate "$scored" --against data/en-alpaca52k-stage3.jsonl
+  local card=${scored%.jsonl}.card.json score=(score "$raw" --out "$scored" --model "$scorer" ${how[@]+"${how[@]}"}) # the card is written last
+  step "$card" "nothing is sent: what all would cost
+$(told score)" "${score[@]}" --dry_run
+  step "$card" "200 questions, which are part of the whole, and a forecast from their answers" "${score[@]}" --budget_usd "$score_usd" --pilot 200
+  step "$card" "the rest, for at most $score_usd USD in all" "${score[@]}" --budget_usd "$score_usd"
+  step "${phases}_calibration.txt" "seconds: how far the scorer agrees with the paper's, on the stage that was released" \
+    calibrate "$scored" --against data/en-alpaca52k-stage3.jsonl
 
   chapter "3. Phases: easy, medium and hard, with a picture in $phases"
   # shellcheck disable=SC2086 # words are meant
   step "$phases/phases.json" "seconds" split "$scored" --out "$phases" --tokenizer "$base" ${split:-$sizes}
 
   chapter "4. The plan: what each arm trains, and whether it fits"
-  step "$out/plan.txt" "the grid and the arms' budgets side by side: a pass over the data for each arm, 15 s each on 2 cores" \
+  step "$out/plan.txt" "the grid and the arms' budgets side by side: a pass over the data for each arm, 15 s each on 2 cores (benchmarks/data_path.py)" \
     experiment "$config" --plan "${judging[@]}" ${keys[@]+"${keys[@]}"}
   if [ "$topology" != none ]; then
     step "$out/plan-${topology/:/-}.txt" "minutes: the phased arm's step, compiled for TPUs that need not be here" plan "${here}configs/$model.yaml" \

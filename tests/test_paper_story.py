@@ -162,6 +162,8 @@ def test_each_experiment_tells_its_costs() -> None:
         for word in ("hardware", "score", "train", "answer", "judge"):
             (told_,) = re.findall(rf"(?m)^# {word}: .*(?:\n#  .*)*", head)
             assert f"\n{told_}\n" in said, (name, word)
+            assert re.search(r"\d", told_)
+            assert "@" not in told_, "a figure that was to be put in"
 
 
 @pytest.fixture(scope="module")
@@ -250,14 +252,14 @@ def test_help_names_every_flag() -> None:
 
 @pytest.mark.long
 def test_the_whole_story_with_real_verbs(tmp_path: Path, shared_data: Path) -> None:
-    """Small: stories260k, some hundred real records, three arms, three prompts a set, and a server on 127.0.0.1 that scores and judges."""
+    """Small: stories260k, some hundred real records, three arms, two seeds, three prompts a set, and a server on 127.0.0.1 that scores and judges."""
     folder = tmp_path / "house"
     shutil.copytree(ROOT / "launch", folder / "launch")
     shutil.copytree(ROOT / "configs/paper", folder / "configs/paper")
     path = folder / "configs/paper/llama2_7b_alpaca.yaml"
     tree, text = yaml.safe_load(path.read_text()), path.read_text()
     kept = [line for line in text.splitlines() if not re.match(r"  \w+: \{.*\} +#", line) or re.match("  (phased|one_off|random):", line)]
-    path.write_text("\n".join(kept).replace("max_length: 1024 ", "max_length: 400 ") + "\n")
+    path.write_text("\n".join(kept).replace("max_length: 1024 ", "max_length: 400 ").replace("[3517, 3518, 3519]", "[3517, 3518]") + "\n")
     assert {*tree["arms"]} > {*yaml.safe_load(path.read_text())["arms"]} == {"phased", "one_off", "random"}
 
     (folder / "data").mkdir()
@@ -266,7 +268,8 @@ def test_the_whole_story_with_real_verbs(tmp_path: Path, shared_data: Path) -> N
     shutil.copy(shared_data / "phasedsft/en-alpaca52k-stage3.jsonl", folder / "data")
     for test_set in (shared_data / "testsets").iterdir():
         (folder / "data" / test_set.name).write_text("".join(test_set.read_text().splitlines(keepends=True)[:3]))
-    keys = {"model.model_name_or_path": shared_data / "stories260k", "model.dtype": "float32", "data.max_length": 512, "data.eval_size": 4, "training.global_batch_size": 32}
+    keys = {"model.model_name_or_path": shared_data / "stories260k", "model.dtype": "float32", "data.max_length": 512, "data.eval_size": 4, "data.packing_shapes": 1}
+    keys |= {"training.global_batch_size": 32}
     small = ["--topology=none", "--", *(word for key, value in keys.items() for word in (f"--{key}", str(value)))]
     text = path.read_text().replace("meta-llama/Llama-2-7b-hf", str(shared_data / "stories260k"))  # whose tokenizer `split` counts by
     path.write_text(text)
@@ -281,12 +284,12 @@ def test_the_whole_story_with_real_verbs(tmp_path: Path, shared_data: Path) -> N
             said.append(done.stdout)
             billed.append(server.counts())
     assert "240 records" in said[0]
-    assert said[0].count(": training") == said[0].count(": answering") == 9
+    assert said[0].count(": training") == said[0].count(": answering") == 6
     assert "training" not in said[1].partition("== 5.")[2]
     out = folder / "runs/paper/llama2_7b_alpaca"
     found = json.loads((out / "report.json").read_text())
-    assert {arm["name"]: arm["seeds"] for arm in found["arms"]} == {arm: [3517, 3518, 3519] for arm in ("phased", "one_off", "random")}
-    assert [(compared["runs"], compared["prompts"]) for compared in found["comparisons"]] == [(3, 18), (3, 18)]
+    assert {arm["name"]: arm["seeds"] for arm in found["arms"]} == {arm: [3517, 3518] for arm in ("phased", "one_off", "random")}
+    assert [(compared["runs"], compared["prompts"]) for compared in found["comparisons"]] == [(2, 18), (2, 18)]
     (direct,) = json.loads((out / "phased-against-random/report.json").read_text())["comparisons"]
-    assert (direct["runs"], direct["prompts"]) == (3, 18)
+    assert (direct["runs"], direct["prompts"]) == (2, 18)
     assert billed[0] == billed[1], "nothing is paid for twice"
