@@ -258,7 +258,8 @@ def test_the_whole_story_with_real_verbs(tmp_path: Path, shared_data: Path) -> N
     shutil.copytree(ROOT / "configs/paper", folder / "configs/paper")
     path = folder / "configs/paper/llama2_7b_alpaca.yaml"
     tree, text = yaml.safe_load(path.read_text()), path.read_text()
-    kept = [line for line in text.splitlines() if not re.match(r"  \w+: \{.*\} +#", line) or re.match("  (phased|one_off|random):", line)]
+    dropped = tuple(f"  {arm}: " for arm in tree["arms"] if arm not in ("phased", "one_off", "random"))
+    kept = [line for line in text.splitlines() if not line.startswith(dropped)]
     path.write_text("\n".join(kept).replace("max_length: 1024 ", "max_length: 400 ").replace("[3517, 3518, 3519]", "[3517, 3518]") + "\n")
     assert {*tree["arms"]} > {*yaml.safe_load(path.read_text())["arms"]} == {"phased", "one_off", "random"}
 
@@ -285,7 +286,7 @@ def test_the_whole_story_with_real_verbs(tmp_path: Path, shared_data: Path) -> N
             billed.append(server.counts())
     assert "240 records" in said[0]
     assert said[0].count(": training") == said[0].count(": answering") == 6
-    assert "training" not in said[1].partition("== 5.")[2]
+    assert not re.findall(": (?:training|answering|judging)\n", said[1])
     out = folder / "runs/paper/llama2_7b_alpaca"
     found = json.loads((out / "report.json").read_text())
     assert {arm["name"]: arm["seeds"] for arm in found["arms"]} == {arm: [3517, 3518] for arm in ("phased", "one_off", "random")}
