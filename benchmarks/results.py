@@ -105,7 +105,16 @@ def main() -> int:
     parser.add_argument("experiment", type=Path, help="output_dir of an experiment that is done")
     parser.add_argument("--pictures", type=Path, help="a folder for attribution.png and forgetting.png")
     args = parser.parse_args()
-    report = json.loads((args.experiment / "report.json").read_text())
+    try:
+        report = json.loads((args.experiment / "report.json").read_text())
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}; run the experiment to its end first")
+    for arm in report["arms"]:
+        phases = [len(report["runs"][run]["forgetting"]["rows"]) for run in arm["runs"]]
+        if len(set(phases)) != 1:
+            parser.error(f"{args.experiment}: the seeds of arm {arm['name']} have {phases} measured phases; run the experiment to its end first")
+    if args.pictures and min(len(arm["runs"]) for arm in report["arms"]) < 2:
+        parser.error("--pictures: error bars need two seeds of each arm; without it, the tables are printed")
     losses, bins = losses_of(report)
     staged = [arm for arm, of in losses.items() if of.shape[1] > 2]
     print("\n\n".join([last(losses, bins), matrix(losses, bins, staged), attribution(report["attribution"], bins), "\n".join(report["attribution"]["words"])]))

@@ -18,7 +18,7 @@ from phased_ift_jax.config import RunConfig
 from phased_ift_jax.evaluation.forgetting import ForgettingMatrix
 from phased_ift_jax.train import Results
 from phased_ift_jax.training import loop
-from phased_ift_jax.xla_flags import huge_pages
+from phased_ift_jax.xla_flags import lasting_memory
 
 
 class Held:
@@ -37,7 +37,7 @@ class Held:
 
 
 def main() -> None:
-    huge_pages()  # as `train` does
+    lasting_memory()  # as `train` does
     job = json.loads(Path(sys.argv[1]).read_text())
     turns, compiling = Turns(job["warm"], job.get("warm_seconds", WARM)), list[float]()
     jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: compiling.append(seconds) if event.endswith("backend_compile_duration") else None)

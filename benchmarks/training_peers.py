@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 Job = dict[str, Any]
-WARM = 4.0
+WARM = 8.0
 
 
 class Turns:

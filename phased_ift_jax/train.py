@@ -16,7 +16,7 @@ from phased_ift_jax import cli, processes
 from phased_ift_jax.interrupts import STOPPED, Stop, Stopped, listening, unbroken
 from phased_ift_jax.object_store import SCHEME
 from phased_ift_jax.records import UserError
-from phased_ift_jax.xla_flags import huge_pages, set_flags
+from phased_ift_jax.xla_flags import lasting_memory, set_flags
 
 if TYPE_CHECKING:
     from phased_ift_jax.config import RunConfig
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
 
 def before() -> None:
     """In a process of its own."""
-    huge_pages()
+    lasting_memory()
     processes.supervise()
 
 

@@ -67,8 +67,11 @@ TPUS = {"v4": "v4", "v5litepod": "v5e", "v5p": "v5p", "v6e": "v6e"}  # by the ac
 GPUS = {"H100": "h100", "H200": "h200"}  # by a word of nvidia-smi's name; a GH200 is another machine
 # JAX takes 75 % of a GPU's memory by default; what CUDA's libraries have outside of it fits into the tenth that remains
 MEMORY = ("XLA_CLIENT_MEM_FRACTION", "0.9")
-TUNABLES = ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+TUNABLES = "GLIBC_TUNABLES"
+ASKED = "glibc.malloc.hugetlb=1"
+KEPT = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000:glibc.malloc.arena_max=1"
 AGAIN = "PHASED_IFT_STARTED_AGAIN"  # once, whatever becomes of the other variable on the way
+NVIDIA = Path("/dev/nvidiactl")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 LIBRARIES = {"LIBTPU_INIT_ARGS": ("libtpu", "libtpu.so"), "XLA_FLAGS": ("jaxlib", "libjax_common.so")}
 
@@ -87,16 +90,22 @@ def chip() -> str | None:
     return found
 
 
-def huge_pages() -> None:
-    """Start this process again, in its place, with a malloc that asks for huge pages, where Linux gives them to those who ask: on a CPU each step
-    takes its memory anew, and got in small pages that is a fifth of its time. The C library reads this only when a process starts; a
-    GLIBC_TUNABLES that is set stays as it is. Not where other threads are: this is then no process of ours alone.
+def lasting_memory() -> None:
+    """Start this process again, in its place, with a malloc for steps on a CPU, each of which takes gigabytes and gives them back.
+
+    It asks for huge pages, where Linux gives them to those who ask: got in small pages, memory is a fifth of a step's time. And it keeps in one heap
+    what a step gives back: what is given back to a virtual machine goes on to its host within seconds, and comes again slowly. No such heap where there
+    are several virtual devices, whose threads would wait for each other at it, nor beside an accelerator, where a step is not computed in this memory.
+
+    The C library reads this only when a process starts; a GLIBC_TUNABLES that is set stays as it is. Not where other threads are: this is then no
+    process of ours alone.
     """
     with suppress(OSError):  # what cannot be had is done without
         library, version = platform.libc_ver()
         known = library == "glibc" and tuple(map(int, version.split(".")[:2])) >= (2, 35)
-        if known and "[madvise]" in HUGE_PAGES.read_text() and not {TUNABLES[0], AGAIN} & os.environ.keys() and threading.active_count() == 1:
-            os.environ |= {TUNABLES[0]: TUNABLES[1], AGAIN: "1"}
+        wanted = [ASKED] * ("[madvise]" in HUGE_PAGES.read_text()) + [KEPT] * _one_cpu()
+        if known and wanted and not {TUNABLES, AGAIN} & os.environ.keys() and threading.active_count() == 1:
+            os.environ |= {TUNABLES: ":".join(wanted), AGAIN: "1"}
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
@@ -128,9 +137,15 @@ def set_flags(deterministic: bool) -> list[str]:
         older = name.replace("XLA_", "XLA_PYTHON_")  # JAX refuses both
         name = older if older in os.environ else name
         lines.append(f"{name}={os.environ.setdefault(name, value)}")
-    if os.environ.get(TUNABLES[0]) == TUNABLES[1]:
-        lines.append("=".join(TUNABLES))
+    if AGAIN in os.environ and TUNABLES in os.environ:
+        lines.append(f"{TUNABLES}={os.environ[TUNABLES]}")
     return lines
+
+
+def _one_cpu() -> bool:
+    """Whether JAX will compute on this machine's processors, as one device."""
+    accelerated = os.environ.get("JAX_PLATFORMS") != "cpu" and (processes.has_tpu() or NVIDIA.exists())
+    return not accelerated and os.environ.get("JAX_NUM_CPU_DEVICES", "1") == "1" and "xla_force_host_platform_device_count" not in _given("XLA_FLAGS")
 
 
 def _given(variable: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import http.server
 import importlib.util
 import json
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -226,10 +227,12 @@ def test_a_run_says_what_is_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not xla_flags.HUGE_PAGES.exists() or "[madvise]" not in xla_flags.HUGE_PAGES.read_text(), reason="Linux gives no huge pages here to those who ask")
-def test_a_run_asks_for_huge_pages_once_and_leaves_what_the_user_has_set():
+def test_a_run_asks_for_memory_that_lasts_once_and_leaves_what_the_user_has_set():
     """The process stays the same one, with the words that it was started with; in its second life the C library has read what was asked."""
-    program = "import os, sys; from phased_ift_jax.xla_flags import huge_pages; print(os.getpid(), flush=True); huge_pages(); print(os.environ['GLIBC_TUNABLES'], sys.argv[1:])"
-    free = {name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES", xla_flags.AGAIN)}
+    program = "import os, sys; from phased_ift_jax.xla_flags import lasting_memory, TUNABLES as name; print(os.getpid(), flush=True); lasting_memory()"
+    program += "; print(os.environ[name], sys.argv[1:])"
+    ours = ("GLIBC_TUNABLES", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS", xla_flags.AGAIN)
+    free = {name: value for name, value in os.environ.items() if name not in ours} | {"JAX_PLATFORMS": "cpu"}
 
     def said(**environment: str) -> list[str]:
         done = subprocess.run([sys.executable, "-c", program, "one", "two words"], env=free | environment, capture_output=True, text=True, timeout=60, check=False)
@@ -237,6 +240,30 @@ def test_a_run_asks_for_huge_pages_once_and_leaves_what_the_user_has_set():
 
     first, second, told = said()
     assert first == second
-    assert told == "glibc.malloc.hugetlb=1 ['one', 'two words']"
+    assert told == f"{xla_flags.ASKED}:{xla_flags.KEPT} ['one', 'two words']"
+    alone = f"{xla_flags.ASKED} ['one', 'two words']"
+    assert said(JAX_NUM_CPU_DEVICES="2")[2] == alone, "threads of two devices would wait for each other at one heap"
+    assert said(XLA_FLAGS="--xla_force_host_platform_device_count=2")[2] == alone
     assert len(said(**{xla_flags.AGAIN: "1"})) == 1, "it has tried before, and says so by failing on the variable that is not there"
     assert said(GLIBC_TUNABLES="glibc.malloc.perturb=0")[1:] == ["glibc.malloc.perturb=0 ['one', 'two words']"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
+def test_what_a_step_gives_back_is_there_for_the_next_one():
+    """Memory that is taken, given back and taken again by another thread is not asked of the kernel again."""
+    program = """
+import resource, threading, numpy as np
+def step(): np.ones(2**25)
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+counts = [faults()]
+for _ in range(4):
+    thread = threading.Thread(target=step); thread.start(); thread.join(); counts.append(faults())
+print(*np.diff(counts))
+"""
+
+    def said(tunables: str) -> list[int]:
+        environment = os.environ | {xla_flags.TUNABLES: tunables}
+        return [int(word) for word in subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60, check=True).stdout.split()]
+
+    kept, given_back = said(xla_flags.KEPT), said("glibc.malloc.perturb=0")
+    assert max(kept[1:]) < min(given_back[1:]) / 20, (kept, given_back)

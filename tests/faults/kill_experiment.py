@@ -1,8 +1,9 @@
 """Kill -9 an experiment on its way:  python tests/faults/kill_experiment.py CONFIG --reference DIR [--n 10] [--seconds 1500] [--seed 0] [--KEY VALUE ...]
 
 Law: an experiment that was killed at any moments, verb and cell together, and started again each time, ends with the report of an undisturbed one, but
-for what depends on a clock. The undisturbed one's folder is DIR; this one's lies beside it. Moments are drawn over --seconds of running, about as long as
-the undisturbed one took. Exit code 1 where the reports differ, or where it ended before it was killed so often.
+for what depends on a clock. The undisturbed one's folder is DIR; this one's is DIR-killed beside it, and is deleted first where it is there already. Moments
+are drawn over --seconds of running, about as long as the undisturbed one took. Exit code 1 where the reports differ, or where it ended before it was
+killed so often; 2 where DIR has no report.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ def timeless(node: Any) -> Any:
     if isinstance(node, dict):
         return {key: timeless(value) for key, value in node.items() if key not in TIMED}
     return [timeless(value) for value in node] if isinstance(node, list) else node
+
+
+def told(folder: Path) -> list[str]:
+    """The lines of a folder's report that do not depend on a clock or on where the folder is."""
+    text = (folder / "report.json").read_text().replace(str(folder), "DIR")
+    return json.dumps(timeless(json.loads(text)), indent=1).splitlines()
 
 
 def killed(words: list[str], moments: list[float]) -> list[str]:
@@ -58,13 +65,16 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     args, more = parser.parse_known_args()
+    try:
+        reference = told(args.reference)
+    except OSError as error:
+        parser.error(f"--reference {args.reference}: {error.strerror}: {error.filename}; run the experiment there first")
     folder = args.reference.with_name(args.reference.name + "-killed")
     shutil.rmtree(folder, ignore_errors=True)
     moments = sorted(np.random.default_rng(args.seed).uniform(0, args.seconds, args.n).tolist())
     words = [sys.executable, "-m", "phased_ift_jax.experiment", args.config, "--output_dir", str(folder), *more]
     where = killed(words, moments)
-    texts = [(path / "report.json").read_text().replace(str(path), "DIR") for path in (folder, args.reference)]
-    mine, reference = (json.dumps(timeless(json.loads(text)), indent=1).splitlines() for text in texts)
+    mine = told(folder)
     differ = [pair for pair in zip(mine, reference, strict=False) if pair[0] != pair[1]]
     same = not differ and len(mine) == len(reference)
     print(f"{len(where)} of {args.n} kills; {len(mine):,} lines of report.json: " + ("all the same" if same else f"{len(differ)} differ, the first: {differ[:3]}"))
