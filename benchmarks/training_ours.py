@@ -37,8 +37,8 @@ class Held:
 
 
 def main() -> None:
-    lasting_memory()  # as `train` does
     job = json.loads(Path(sys.argv[1]).read_text())
+    lasting_memory(job["config"]["model"]["model_name_or_path"])  # as `train` does
     turns, compiling = Turns(job["warm"], job.get("warm_seconds", WARM)), list[float]()
     jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: compiling.append(seconds) if event.endswith("backend_compile_duration") else None)
     run = loop.prepare(RunConfig.model_validate(job["config"]))

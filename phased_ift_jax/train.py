@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +18,7 @@ from phased_ift_jax import cli, processes
 from phased_ift_jax.interrupts import STOPPED, Stop, Stopped, listening, unbroken
 from phased_ift_jax.object_store import SCHEME
 from phased_ift_jax.records import UserError
-from phased_ift_jax.xla_flags import lasting_memory, set_flags
+from phased_ift_jax.xla_flags import AGAIN, lasting_memory, set_flags
 
 if TYPE_CHECKING:
     from phased_ift_jax.config import RunConfig
@@ -43,7 +45,8 @@ def main(argv: Sequence[str]) -> int:
 
 def before() -> None:
     """In a process of its own."""
-    lasting_memory()
+    if AGAIN not in os.environ:
+        lasting_memory(parse(cli.underscored(sys.argv[1:]))[0].model.model_name_or_path)
     processes.supervise()
 
 

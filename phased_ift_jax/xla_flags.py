@@ -7,6 +7,7 @@ recipes for dense models under FSDP: MaxText and AXLearn for TPUs, JAX-Toolbox a
 from __future__ import annotations
 
 import importlib.util
+import json
 import mmap
 import os
 import platform
@@ -71,6 +72,7 @@ TUNABLES = "GLIBC_TUNABLES"
 ASKED = "glibc.malloc.hugetlb=1"
 KEPT = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000:glibc.malloc.arena_max=1"
 AGAIN = "PHASED_IFT_STARTED_AGAIN"  # once, whatever becomes of the other variable on the way
+NARROW = 128  # a model's width up to which one heap costs more than it saves
 NVIDIA = Path("/dev/nvidiactl")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 LIBRARIES = {"LIBTPU_INIT_ARGS": ("libtpu", "libtpu.so"), "XLA_FLAGS": ("jaxlib", "libjax_common.so")}
@@ -90,12 +92,13 @@ def chip() -> str | None:
     return found
 
 
-def lasting_memory() -> None:
+def lasting_memory(model: str) -> None:
     """Start this process again, in its place, with a malloc for steps on a CPU, each of which takes gigabytes and gives them back.
 
     It asks for huge pages, where Linux gives them to those who ask: got in small pages, memory is a fifth of a step's time. And it keeps in one heap
-    what a step gives back: what is given back to a virtual machine goes on to its host within seconds, and comes again slowly. No such heap where there
-    are several virtual devices, whose threads would wait for each other at it, nor beside an accelerator, where a step is not computed in this memory.
+    what a step gives back: what is given back to a virtual machine goes on to its host within seconds, and comes again slowly. No such heap where
+    threads would wait for each other at it, with several virtual devices or a `model` (folder or hub name) whose matmuls are small; nor beside an
+    accelerator, where a step is not computed in this memory.
 
     The C library reads this only when a process starts; a GLIBC_TUNABLES that is set stays as it is. Not where other threads are: this is then no
     process of ours alone.
@@ -103,7 +106,7 @@ def lasting_memory() -> None:
     with suppress(OSError):  # what cannot be had is done without
         library, version = platform.libc_ver()
         known = library == "glibc" and tuple(map(int, version.split(".")[:2])) >= (2, 35)
-        wanted = [ASKED] * ("[madvise]" in HUGE_PAGES.read_text()) + [KEPT] * _one_cpu()
+        wanted = [ASKED] * ("[madvise]" in HUGE_PAGES.read_text()) + [KEPT] * (_one_cpu() and _wide(model))
         if known and wanted and not {TUNABLES, AGAIN} & os.environ.keys() and threading.active_count() == 1:
             os.environ |= {TUNABLES: ":".join(wanted), AGAIN: "1"}
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -146,6 +149,13 @@ def _one_cpu() -> bool:
     """Whether JAX will compute on this machine's processors, as one device."""
     accelerated = os.environ.get("JAX_PLATFORMS") != "cpu" and (processes.has_tpu() or NVIDIA.exists())
     return not accelerated and os.environ.get("JAX_NUM_CPU_DEVICES", "1") == "1" and "xla_force_host_platform_device_count" not in _given("XLA_FLAGS")
+
+
+def _wide(model: str) -> bool:
+    """Whether a step is mostly matmuls; a model that is not in a folder here is none of the small ones."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["hidden_size"] > NARROW
+    return True
 
 
 def _given(variable: str) -> dict[str, str]:

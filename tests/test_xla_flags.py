@@ -229,8 +229,8 @@ def test_a_run_says_what_is_set(tmp_path: Path) -> None:
 @pytest.mark.skipif(not xla_flags.HUGE_PAGES.exists() or "[madvise]" not in xla_flags.HUGE_PAGES.read_text(), reason="Linux gives no huge pages here to those who ask")
 def test_a_run_asks_for_memory_that_lasts_once_and_leaves_what_the_user_has_set():
     """The process stays the same one, with the words that it was started with; in its second life the C library has read what was asked."""
-    program = "import os, sys; from phased_ift_jax.xla_flags import lasting_memory, TUNABLES as name; print(os.getpid(), flush=True); lasting_memory()"
-    program += "; print(os.environ[name], sys.argv[1:])"
+    program = "import os, sys; from phased_ift_jax.xla_flags import lasting_memory, TUNABLES as name; print(os.getpid(), flush=True)"
+    program += "; lasting_memory(os.environ.get('MODEL', 'owner/model')); print(os.environ[name], sys.argv[1:])"
     ours = ("GLIBC_TUNABLES", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS", xla_flags.AGAIN)
     free = {name: value for name, value in os.environ.items() if name not in ours} | {"JAX_PLATFORMS": "cpu"}
 
@@ -244,6 +244,7 @@ def test_a_run_asks_for_memory_that_lasts_once_and_leaves_what_the_user_has_set(
     alone = f"{xla_flags.ASKED} ['one', 'two words']"
     assert said(JAX_NUM_CPU_DEVICES="2")[2] == alone, "threads of two devices would wait for each other at one heap"
     assert said(XLA_FLAGS="--xla_force_host_platform_device_count=2")[2] == alone
+    assert said(MODEL=str(ROOT / "configs/quickstart/model"))[2] == alone, "and so do those of a small model"
     assert len(said(**{xla_flags.AGAIN: "1"})) == 1, "it has tried before, and says so by failing on the variable that is not there"
     assert said(GLIBC_TUNABLES="glibc.malloc.perturb=0")[1:] == ["glibc.malloc.perturb=0 ['one', 'two words']"]
 

@@ -6,6 +6,7 @@ only when a batch is there, so the loops have bounds that are data: one program,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -48,10 +49,10 @@ def _forward(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_B
         def over(block: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             most_BKQ, total_BKQ, y_BKQH = sums
             scores_BKQS = _scores(blocks, c, block, wide)
-            higher_BKQ = jnp.maximum(most_BKQ, jnp.max(scores_BKQS, axis=-1))
+            higher_BKQ = jnp.maximum(most_BKQ, _by_row(jnp.max, scores_BKQS))
             shrunk_BKQ, weights_BKQS = jnp.exp(most_BKQ - higher_BKQ), jnp.exp(scores_BKQS - higher_BKQ[..., None])
             values_BKQH = jnp.einsum("BKQS,BKSH->BKQH", weights_BKQS.astype(v_BTKH.dtype), blocks.v_CBKSH[block], preferred_element_type=wide)
-            return higher_BKQ, total_BKQ * shrunk_BKQ + jnp.sum(weights_BKQS, axis=-1), y_BKQH * shrunk_BKQ[..., None] + values_BKQH
+            return higher_BKQ, total_BKQ * shrunk_BKQ + _by_row(jnp.sum, weights_BKQS), y_BKQH * shrunk_BKQ[..., None] + values_BKQH
 
         shape = blocks.q_CBKQH.shape[1:]
         nothing = jnp.full(shape[:-1], jnp.finfo(wide).min, wide), jnp.zeros(shape[:-1], wide), jnp.zeros(shape, wide)
@@ -66,8 +67,7 @@ def _backward(window: int | None, kept: Any, gradient_BTNH: jax.Array) -> tuple[
     q_BTNH, k_BTKH, v_BTKH, segments_BT, y_CBKQH, sums_CBKQ = kept
     blocks, wide = _blocks(q_BTNH, k_BTKH, v_BTKH, segments_BT, window), jnp.promote_types(q_BTNH.dtype, jnp.float32)
     dy_CBKQH = _cut(gradient_BTNH, k_BTKH.shape[2])
-    products_RH = (dy_CBKQH.astype(wide) * y_CBKQH.astype(wide)).reshape(-1, dy_CBKQH.shape[-1])  # a matrix, whose rows a CPU sums up faster
-    shared_CBKQ = jnp.sum(products_RH, axis=-1).reshape(dy_CBKQH.shape[:-1])
+    shared_CBKQ = _by_row(jnp.sum, dy_CBKQH.astype(wide) * y_CBKQH.astype(wide))
 
     def row(sums: tuple[jax.Array, jax.Array], c: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         q_BKQH, dy_BKQH = blocks.q_CBKQH[c], dy_CBKQH[c]
@@ -101,6 +101,11 @@ def _scores(blocks: Blocks, c: jax.Array, block: jax.Array, wide: jnp.dtype) -> 
     (B, K, Q, S), key_S = scores_BKQS.shape, block * BLOCK + jnp.arange(BLOCK)
     seen_BTS = (key_S >= blocks.first_CBT[c][..., None]) & (key_S <= c * BLOCK + jnp.arange(BLOCK)[:, None])
     return jnp.where(seen_BTS[:, None, None], scores_BKQS.reshape(B, K, Q // BLOCK, BLOCK, S), -jnp.inf).reshape(B, K, Q, S)
+
+
+def _by_row(reduced: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+    """A sum or maximum over the last dim, taken of a matrix: with more dims XLA's way on CPUs is a slow one."""
+    return reduced(x.reshape(-1, x.shape[-1]), axis=-1).reshape(x.shape[:-1])
 
 
 def _blocks(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, window: int | None) -> Blocks:
