@@ -36,6 +36,7 @@ class Mutant(NamedTuple):
 
 IN_ROWS = "test_packing.py::test_a_batch_taken_apart_is_its_examples"
 FIRST_FIT = "test_packing.py::test_first_fit_places_every_example_once_and_overfills_no_row"
+EVEN = "test_packing.py::test_long_examples_are_shared_out"
 OF_SETS = "test_win_rate.py::test_sets_weigh_by_their_prompts"
 BRANCHES = "test_win_rate.py::test_nine_branches"
 INTERRUPTED = "test_run.py::test_interrupted_at_a_random_step_of_each_phase"
@@ -162,7 +163,8 @@ MUTANTS = [
     Mutant("packing", "the first example of a row is taken for padding", "data/packing.py", "in enumerate(indices, 1)", "in enumerate(indices)", IN_ROWS),
     Mutant("packing", "a row that is just full enough is passed over", "data/packing.py", "if space >= length", "if space > length", FIRST_FIT),
     Mutant("packing", "a row is overfilled by one", "data/packing.py", "if space >= length", "if space + 1 >= length", FIRST_FIT),
-    Mutant("packing", "the shortest first", "data/packing.py", "key=lambda i: -lengths[i]", "key=lambda i: lengths[i]", FIRST_FIT),
+    Mutant("packing", "the shortest first", "data/packing.py", "-lengths[i]):\n        length = lengths[index]\n", "lengths[i]):\n        length = lengths[index]\n", FIRST_FIT),
+    Mutant("packing", "no row is chosen for what it has to do", "data/packing.py", "weights[row] += length * (length + extra)", "pass", EVEN),
     Mutant(
         "packing",
         "examples of a row see each other",

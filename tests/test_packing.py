@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from phased_ift_jax.data import batches, packing, readers
 from phased_ift_jax.data.batches import Steps
-from phased_ift_jax.data.packing import GRANULE, Shapes, choose_shapes, first_fit, fits, group, pack, row_lengths, shortest_rows
+from phased_ift_jax.data.packing import GRANULE, Shapes, choose_shapes, first_fit, fits, group, pack, placed, row_lengths, shortest_rows
 from phased_ift_jax.data.phases import plain
 from phased_ift_jax.data.tokenization import load_tokenizer, tokenize
 from phased_ift_jax.models.decoder import DecoderConfig
@@ -63,6 +63,37 @@ def test_first_fit_places_every_example_once_and_overfills_no_row(lengths: list[
     for earlier, later in itertools.combinations(rows, 2):  # a row is opened only where no earlier one has room
         before = [i for i in earlier if (-lengths[i], i) < (-lengths[later[0]], later[0])]
         assert sum(lengths[i] for i in before) + lengths[later[0]] > capacity
+
+
+def squares(lengths: Sequence[int], rows: list[list[int]]) -> list[int]:
+    """What attention has to do in each row."""
+    return [sum(int(lengths[i]) ** 2 for i in row) for row in rows]
+
+
+@given(LENGTHS, st.integers(1, 6))
+def test_no_row_is_heavier_than_the_heaviest_of_first_fit(lengths: list[int], count: int) -> None:
+    rows, capacity = placed(lengths, Shapes(count, (1,)))
+    assert sorted(itertools.chain(*rows)) == list(range(len(lengths)))
+    assert len(rows) <= count
+    assert all(sum(lengths[i] for i in row) <= capacity for row in rows)
+    assert max(squares(lengths, rows)) <= max(squares(lengths, first_fit(lengths, capacity)))
+
+
+def test_long_examples_are_shared_out() -> None:
+    """First-fit decreasing would put both of the long ones into one row, and all short ones into the other."""
+    rows, _ = placed([160] * 2 + [40] * 8, Shapes(2, (320,)))
+    assert [sorted(row) for row in rows] == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
+
+
+@pytest.mark.parametrize(("count", "most"), [(2, 1.1), (8, 1.15)])
+def test_rows_have_about_the_same_to_do(count: int, most: float, real_lengths: dict[str, np.ndarray], measured: Callable[[str, float], None]) -> None:
+    """A step waits for the row that attention takes longest for: hardly longer than an even share, or than its longest example takes."""
+    lengths = real_lengths["phasedsft/en-alpaca52k-stage3.jsonl"]
+    steps = np.random.default_rng(0).permutation(lengths)[: 100 * 8 * count].reshape(-1, 8 * count).tolist()
+    weights = [squares(step, placed(step, Shapes(count, (1,)))[0]) for step in steps]
+    longer = [max(has) / max(sum(has) / count, max(step) ** 2) for has, step in zip(weights, steps, strict=True)]
+    measured(f"{count} rows, heaviest over the least that can be ({most})", float(np.mean(longer)))
+    assert np.mean(longer) < most
 
 
 def test_first_fit_refuses_an_example_longer_than_a_row() -> None:

@@ -32,19 +32,40 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     Raises:
         ValueError: an example is longer than the capacity.
     """
-    rows: list[list[int]] = []
-    free: list[int] = []
+    rows, free = list[list[int]](), list[int]()
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[index]
         if length > capacity:
             raise ValueError(f"an example of {length} tokens does not fit in a row of {capacity}")
-        row = next((row for row, space in enumerate(free) if space >= length), None)
-        if row is None:
+        row = next((row for row, space in enumerate(free) if space >= length), len(rows))
+        if row == len(rows):
             rows.append([])
             free.append(capacity)
-            row = len(rows) - 1
         rows[row].append(index)
         free[row] -= length
+    return rows
+
+
+def balanced(lengths: Sequence[int], capacity: int, count: int) -> list[list[int]]:
+    """At most `count` rows of at most `capacity` tokens, as even as is easily had: matmuls cost all rows the same, attention costs the square of each
+    example, and a step waits for the slowest row. Longest first, each goes into the row that has the least to do, tokens counted in as far as is
+    needed for all to fit; first-fit decreasing where that is no less even.
+    """
+    ways = [first_fit(lengths, capacity), *(_least_first(lengths, capacity, count, share * max(lengths)) for share in (0, 0.5, 2, 8))]
+    return min(filter(None, ways), key=lambda rows: max(sum(int(lengths[index]) ** 2 for index in row) for row in rows))
+
+
+def _least_first(lengths: Sequence[int], capacity: int, count: int, extra: float) -> list[list[int]]:
+    """Longest first, each into the row whose examples weigh the least, a length L its square and `extra` * L; empty where one does not fit."""
+    rows, free, weights = list[list[int]]([] for _ in range(count)), np.full(count, capacity), np.zeros(count)
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = int(lengths[index])
+        row = int(np.where(free >= length, weights, np.inf).argmin())
+        if free[row] < length:
+            return []
+        rows[row].append(index)
+        free[row] -= length
+        weights[row] += length * (length + extra)
     return rows
 
 
@@ -93,11 +114,10 @@ def group(needed_S: np.ndarray, shapes: int, tau: float) -> tuple[tuple[int, ...
             cut[k, end] = costs.argmin()
             best[k, end] = costs[cut[k, end]]
     k, end, chosen = len(best) - 1, n, []
-    cost = float(best[k, end])
     while end:
         chosen.append(int(values[end - 1]))
         k, end = k - 1, int(cut[k, end])
-    return tuple(reversed(chosen)), cost
+    return tuple(reversed(chosen)), float(best[-1, -1])
 
 
 def choose_shapes(steps: Sequence[np.ndarray], rows_multiple: int, shapes: int, tau: float, packed: bool = True) -> Shapes:
@@ -106,8 +126,7 @@ def choose_shapes(steps: Sequence[np.ndarray], rows_multiple: int, shapes: int, 
     `rows_multiple` is what the row count must divide by: devices that share rows x accumulation steps. `tau` is the row length, in
     tokens, at which attention costs as much as all matmuls.
     """
-    largest = max(len(step) for step in steps)
-    most = -(-largest // rows_multiple)
+    most = -(-max(map(len, steps)) // rows_multiple)
     sample = steps if len(steps) <= SAMPLED_STEPS else [steps[i] for i in np.linspace(0, len(steps) - 1, SAMPLED_STEPS).astype(int)]
 
     multiples = {*range(1, min(most, 8) + 1), *(round(1.25**i) for i in range(8, 64) if 1.25**i < most), most} if packed else {most}
@@ -145,7 +164,7 @@ def placed(lengths: Sequence[int], shapes: Shapes) -> tuple[list[list[int]], int
     if shapes.packed:
         ordered = np.sort(np.array(lengths, np.int64))[::-1][None]
         fitted = int(shortest_rows(ordered, shapes.rows)[0])
-        return first_fit(lengths, fitted), fitted
+        return balanced(lengths, fitted, shapes.rows), fitted
     return [[index] for index in range(len(lengths))], -(-max(lengths) // GRANULE) * GRANULE
 
 
@@ -171,5 +190,4 @@ def pack(examples: Sequence[TokenizedExample], shapes: Shapes, accumulation: int
             for begin, end in example.responses:
                 weights[row, start + begin - 1 : start + end - 1] = 1.0
             start += n
-    parts = (accumulation, shapes.rows // accumulation, T)
-    return PackedBatch(*(array.reshape(parts) for array in (tokens, targets, weights, segments, positions)))
+    return PackedBatch(*(array.reshape(accumulation, -1, T) for array in (tokens, targets, weights, segments, positions)))
