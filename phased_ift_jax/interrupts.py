@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 STOPPED = 75  # exit code: stopped on request with everything saved
+REQUESTS = (signal.SIGINT, signal.SIGTERM)
 NOTICE_SECONDS = 5.0  # between two looks for a notice; a spot machine has 30 s from it
 NOTICES = {"preempted": "TRUE", "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}
 
@@ -116,6 +117,11 @@ def unbroken() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+def hold() -> None:
+    """Let requests wait until somebody is listening, also in a program that takes this one's place."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
+
+
 @contextmanager
 def listening() -> Iterator[Stop]:
     """A `Stop` that hears signals and notices. In a thread other than the main one it hears notices only: signals are the main thread's."""
@@ -130,7 +136,7 @@ def listening() -> Iterator[Stop]:
 
     def watch() -> None:
         while number := os.read(reading, 1)[0]:
-            if number in (signal.SIGINT, signal.SIGTERM):  # others come here, too, where the program has handlers for them
+            if number in REQUESTS:  # others come here, too, where the program has handlers for them
                 stop.ask(signal.Signals(number).name)
 
     watching = threading.Thread(target=watch, name="stop", daemon=True)
@@ -141,7 +147,8 @@ def listening() -> Iterator[Stop]:
         # the handler in C writes to this at once, whatever the main thread is in; the handler in Python, where a library (uvloop) has
         # put its own file there for a while
         before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        old = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        old = {number: signal.signal(number, pass_on) for number in REQUESTS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)
     except ValueError:
         before, old = None, {}
     try:

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--topology", metavar="CHIP:SHAPE", help="compile for these TPUs: v4, v5e, v5p or v6e, such as v5e:4x4 or v5p:2x2x4")
     parser.add_argument("--num_slices", type=int, default=1, metavar="N", help="so many slices of that topology; mesh.data goes over them")
     parser.add_argument("--usd_per_chip_hour", type=float, metavar="USD", help="price of a chip for an hour, to say what the run costs at least")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N examples; what is trained is bright, or in [ ] where there are no colours")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N examples of each phase; what is trained is bright, or in [ ] where there are no colours")
     parser.add_argument("--json", action="store_true", help="print one JSON object, as docs/formats.md says, instead of tables")
     options, overrides = cli.parse_with_keys(parser, argv)
 
@@ -102,10 +102,10 @@ def _sizes(told: dict[str, Any]) -> str:
 
 
 def _examples(run: Survey, count: int) -> list[str]:
-    """The first examples that the run trains, token by token, as the model gets them."""
+    """The first examples that each phase trains, token by token, as the model gets them."""
     colours = sys.stdout.isatty()
     shown = []
-    for row in run.plan.phases[0].steps[0][:count]:
+    for row in [row for phase in run.plan.phases for row in phase.steps[0][:count]]:
         example = run.dataset.examples[row]
         trained = [any(start <= i < end for start, end in example.responses) for i in range(len(example.tokens))]
         words = run.tokenizer.convert_ids_to_tokens(example.tokens.tolist())

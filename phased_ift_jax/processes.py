@@ -104,6 +104,7 @@ def supervise() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     withheld: list[bytes] = []
     relaying = threading.Thread(target=_relay, args=(reading, withheld), daemon=True)
     relaying.start()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phased_ift_jax import cli, processes
-from phased_ift_jax.interrupts import STOPPED, Stop, Stopped, listening, unbroken
+from phased_ift_jax.interrupts import STOPPED, Stop, Stopped, hold, listening, unbroken
 from phased_ift_jax.object_store import SCHEME
 from phased_ift_jax.records import UserError
 from phased_ift_jax.xla_flags import AGAIN, lasting_memory, set_flags
@@ -45,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
 
 def before() -> None:
     """In a process of its own."""
+    hold()  # reading the config takes a while, and so does starting again
     if AGAIN not in os.environ:
         lasting_memory(parse(cli.underscored(sys.argv[1:]))[0].model.model_name_or_path)
     processes.supervise()

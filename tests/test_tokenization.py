@@ -357,8 +357,8 @@ def test_characters_that_a_tokenizer_does_not_know_are_quarantined(tmp_path: Pat
     (tmp_path / "words" / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     loaded = load_tokenizer(tmp_path / "words")
     assert one(record(Turn("Name a flower", "a rose")), loaded).tokens.tolist() == [0, 3, 4, 6, 7, 8, 1, 5, 4, 7, 9, 1]
-    assert refused(record(Turn("Name a flower", "a tulip")), loaded) == "the tokenizer does not know 'tulip'"
-    assert refused(record(Turn("Name a tree", "a rose")), loaded) == "the tokenizer does not know 'tree'"
+    assert refused(record(Turn("Name a flower", "a tulip")), loaded).startswith("the tokenizer does not know 'tulip': ")
+    assert refused(record(Turn("Name a tree", "a rose")), loaded).startswith("the tokenizer does not know 'tree': ")
 
 
 def test_decode_is_the_inverse_for_an_answer(llama2: Any) -> None:

@@ -145,7 +145,11 @@ def draw_phases(curriculum: Curriculum, arm: str, bin_of: np.ndarray, trainable:
         chosen = [np.sort(np.take(pool, range(start, stop), mode="wrap")) for start, stop in pairwise(edges)]
     for name, rows in zip(curriculum.names, chosen, strict=True):
         if not len(rows):
-            raise UserError(f"curriculum: phase {name!r} is empty: no usable row is in its bins after held-out rows are taken; change bins, data.eval_size or data.sample_size")
+            left = [b for b, of_bin in enumerate(rows_of, 1) if len(of_bin)]
+            raise UserError(
+                f"curriculum: phase {name!r} is empty: no usable row is in its bins after held-out rows are taken; change bins, data.eval_size or data.sample_size"
+                + f", or train the bins that have rows: --curriculum.order '{left}'" * bool(left)
+            )
     names = [f"random{number}" if arm == "random" else name for number, name in enumerate(curriculum.names, 1)]
     return tuple(Phase(i, name, rows, overrides) for i, (name, rows, overrides) in enumerate(zip(names, chosen, curriculum.overrides, strict=True), 1))
 

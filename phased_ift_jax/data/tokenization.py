@@ -121,7 +121,7 @@ def _example(rendered: Rendered, encoding: Any, tokenizer: Any, max_length: int,
     written = (rendered.text[slice(*encoding.offsets[at])] for at in np.flatnonzero(tokens == tokenizer.unk_token_id))
     unknown = next((text for text in written if text != tokenizer.unk_token), None)  # some tokenizers have one token for unk, BOS and EOS
     if unknown is not None:
-        return f"the tokenizer does not know {unknown[:20]!r}"
+        return f"the tokenizer does not know {unknown[:20]!r}: its vocabulary was made for other text; give another model.model_name_or_path"
     spans = _token_spans(rendered.responses, encoding.offsets)
     if spans is None:
         return "prompt and response share a token under this template"

@@ -30,6 +30,10 @@ INVALID = {"excluded": np.nan, "as_ties": 0.0}
 BOUNDS = {"worst": -0.5, "best": 0.5}
 POWER = 0.8
 NO_VARIANCE = 1e-18  # what rounding leaves of none
+SEEDS = {
+    1: "It is one training seed: the interval does not hold what another seed would change.",
+    2: "There are two training seeds: how much seeds differ is hardly known from two, and the interval may be too narrow.",
+}
 AGAIN = "as models that are judged again are no second training seed"
 
 
@@ -198,8 +202,8 @@ def _words(result: dict[str, Any]) -> Iterable[str]:
             yield f"A comparison as noisy as this one finds a true difference of {smallest:.1f} points in {POWER:.0%} of cases; a smaller one may be there."
     else:
         yield f"{candidate} is {headline['conclusion']} than {baseline}: {_said(headline, level)} {n}."
-    if result["runs"] == 1:
-        yield "It is one training seed: the interval does not hold what another seed would change."
+    if result["runs"] < 3:
+        yield SEEDS[result["runs"]]
     for unit, length in result["lengths"].items():
         if unit == controlled["unit"]:
             yield f"Answers of {candidate} have {length['candidate']:,.0f} {unit} on average, those of {baseline} {length['baseline']:,.0f}."

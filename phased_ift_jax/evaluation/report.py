@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from phased_ift_jax import config
-from phased_ift_jax.evaluation.comparison import compare, estimated
+from phased_ift_jax.evaluation.comparison import SEEDS, compare, estimated
 from phased_ift_jax.evaluation.forgetting import ANSWERS, is_exact
 from phased_ift_jax.evaluation.judgments import read_judgments
 from phased_ift_jax.evaluation.statistics import ALIKE, RESAMPLES, student
@@ -50,15 +50,17 @@ def gather(
     else:
         examples = _examples(_tasks(arms, read))
         shown = [f"{read[arm['runs'][0]]['name']}/{ANSWERS}" for arm in arms if read[arm["runs"][0]]["answers"]]
-    held_out = [_held_out(arms[0], other, read) for other in arms[1:]]
+    held_out, budget = [_held_out(arms[0], other, read) for other in arms[1:]], _budget(arms, read)
+    unlike = ", ".join(budget["unlike"]).replace("_", " ").replace("flops", "FLOPs")
+    unfair = [f"Arms differ by more than {ALIKE:.0%} in {unlike}: a difference between them may come from that."] * bool(unlike)
     return {
-        "words": [word for one in compared or held_out for word in one["words"]] or _alone(read),
+        "words": [word for one in compared or held_out for word in one["words"]] + unfair or _alone(read),
         "attribution": None,
         "arms": arms,
         "runs": [{key: value for key, value in run.items() if key not in ("answers", "alike")} for run in read],
         "comparisons": compared,
         "held_out": held_out,
-        "budget": _budget(arms, read),
+        "budget": budget,
         "lengths": [one["lengths"] | {"file": one["file"], "model": one["model"]} for one in responses],
         "examples": examples | {"files": shown},
         "paper": _paper(read),
@@ -166,8 +168,10 @@ def _held_out(candidate: dict[str, Any], baseline: dict[str, Any], runs: Sequenc
     pairs = [(a, b) for a in mine for b in theirs if a["seed"] == b["seed"]] if seeds else list(zip(mine, theirs, strict=False))
     found: dict[str, Any] = {"candidate": candidate["name"], "baseline": baseline["name"], "pairs": [[a["name"], b["name"]] for a, b in pairs]}
     found |= {"loss": _losses(pairs), "exact_match": _exact(pairs)}
+    alone = [run["name"] for run in [*mine, *theirs] if not any(run in pair for pair in pairs)]
     found["files"] = [f"{run['name']}/{file}" for pair in pairs for run in pair for file in ["forgetting.json"] + [ANSWERS] * bool(found["exact_match"])]
-    return found | {"words": list(_words(found))}
+    unpaired = [f"Left out, as no run of the other arm has the same seed: {', '.join(alone)}."] * bool(alone)
+    return found | {"words": [*_words(found), *unpaired]}
 
 
 def _losses(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> dict[str, Any]:
@@ -214,6 +218,8 @@ def _words(found: Mapping[str, Any]) -> Iterator[str]:
             yield f"{candidate} is {exact['conclusion']} than {baseline}: {said}."
         else:
             yield f"The difference between {candidate} and {baseline} is within noise: {said}."
+        if len(runs) == 2:
+            yield SEEDS[2]
         if len(runs) == 1:
             yield f"It is one training seed of {candidate} and {baseline}: the interval does not hold what another seed would change."
     elif found["loss"]:

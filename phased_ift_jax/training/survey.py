@@ -78,13 +78,14 @@ def describe(run: Survey, device: str) -> str:
         f"data    {data.rows_read} rows read = {data.rows_read - len(data.quarantined) - truncated - left_out} used whole + {truncated} truncated + "
         + (f"{left_out} left out of the sample + " if left_out else "")
         + f"{len(data.quarantined)} quarantined"
+        + "".join(f" (the first, {row.source}: {row.reason[:80]})" for row in data.quarantined[:1])
         + (f" ({binless} of them in no bin)" if binless else ""),
         "",
         cli.table(bins),
         "",
         cli.table(phases),
         "",
-        *(f"rows    {s.rows} a step, of {', '.join(map(str, s.lengths))} tokens{' (packed)' if s.packed else ' (one example each)'}" for s in plan.all_shapes),
+        *(f"rows    {s.rows} a step, of {', '.join(map(str, s.lengths))} tokens{' (examples packed into each)' if s.packed else ' (one example each)'}" for s in plan.all_shapes),
         f"between phases: weights go on, optimizer {curriculum.optimizer_state}, schedule {'restarts' if curriculum.restarts_schedule else 'continues'}",
         f"budget  {ledger['examples']:,} examples, {ledger['response_tokens']:,} response tokens, {ledger['optimizer_steps']:,} steps, "
         f"sum of learning rates {ledger['sum_of_learning_rates']:.4g}, {ledger['flops']:.3g} FLOPs",
