@@ -218,7 +218,7 @@ def _words(found: Mapping[str, Any]) -> Iterator[str]:
             yield f"{candidate} is {exact['conclusion']} than {baseline}: {said}."
         else:
             yield f"The difference between {candidate} and {baseline} is within noise: {said}."
-        if len(runs) == 2:
+        if len(runs) == 2 and exact["interval"]:
             yield SEEDS[2]
         if len(runs) == 1:
             yield f"It is one training seed of {candidate} and {baseline}: the interval does not hold what another seed would change."
