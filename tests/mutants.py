@@ -165,6 +165,15 @@ MUTANTS = [
     Mutant("packing", "a row is overfilled by one", "data/packing.py", "if space >= length", "if space + 1 >= length", FIRST_FIT),
     Mutant("packing", "the shortest first", "data/packing.py", "-lengths[i]):\n        length = lengths[index]\n", "lengths[i]):\n        length = lengths[index]\n", FIRST_FIT),
     Mutant("packing", "no row is chosen for what it has to do", "data/packing.py", "weights[row] += length * (length + extra)", "pass", EVEN),
+    Mutant("packing", "where tokens are shared out, a row just full enough is passed over", "data/packing.py", "np.where(free >= length,", "np.where(free > length,", EVEN),
+    Mutant(
+        "packing",
+        "for many steps, a row that is just full enough is passed over",
+        "data/packing.py",
+        "free_SR >= length_S[:, None]",
+        "free_SR > length_S[:, None]",
+        "test_packing.py::test_fits_is_first_fit_for_many_steps",
+    ),
     Mutant(
         "packing",
         "examples of a row see each other",
