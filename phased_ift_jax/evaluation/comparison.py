@@ -202,7 +202,7 @@ def _words(result: dict[str, Any]) -> Iterable[str]:
             yield f"A comparison as noisy as this one finds a true difference of {smallest:.1f} points in {POWER:.0%} of cases; a smaller one may be there."
     else:
         yield f"{candidate} is {headline['conclusion']} than {baseline}: {_said(headline, level)} {n}."
-    if result["runs"] < 3 and headline["interval"]:
+    if result["runs"] == 1 or (result["runs"] == 2 and headline["interval"]):
         yield SEEDS[result["runs"]]
     for unit, length in result["lengths"].items():
         if unit == controlled["unit"]:
