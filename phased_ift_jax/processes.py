@@ -22,7 +22,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from phased_ift_jax.interrupts import STOPPED, Stop, Stopped, say
+from phased_ift_jax.interrupts import REQUESTS, STOPPED, Stop, Stopped, say
 from phased_ift_jax.records import Failure, UserError
 
 HEARTBEAT_SECONDS = 15  # of silence after which a process counts as gone; JAX's own 100 would have its peers wait as long
@@ -102,14 +102,14 @@ def supervise() -> None:
         with suppress(ProcessLookupError):
             os.kill(child, number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in REQUESTS:
         signal.signal(number, pass_on)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)
     withheld: list[bytes] = []
     relaying = threading.Thread(target=_relay, args=(reading, withheld), daemon=True)
     relaying.start()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in REQUESTS:
         signal.signal(number, signal.SIG_IGN)
     relaying.join(2)  # no longer: a process that the child has left behind may hold the pipe open
     words = b"".join(withheld)

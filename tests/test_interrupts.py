@@ -15,7 +15,7 @@ import pytest
 from test_run import ROOT, make_config, rows  # noqa: F401
 
 from phased_ift_jax import config as config_module
-from phased_ift_jax.interrupts import NOTICES, Stop, Stopped, listening
+from phased_ift_jax.interrupts import NOTICES, STOPPED, Stop, Stopped, listening
 
 AT_ONCE = 5.0  # seconds
 
@@ -229,6 +229,15 @@ def test_a_run_that_is_told_of_a_preemption_stops_with_everything_saved(rows, tm
     assert "the machine will be taken away (preempted): stopping once everything is saved" in said
     steps = metrics.read_text().count("\n")
     assert (tmp_path / f"run/checkpoints/1-easy/{steps}/manifest.json").exists()
+
+
+def test_a_request_that_was_held_is_heard_by_the_program_in_its_place():
+    """Between the first word of a process and its `listening` lies a start anew, in which a signal would end it."""
+    second = "from phased_ift_jax.interrupts import listening; import time; listens = listening(); listens.__enter__(); time.sleep(1)"
+    first = "import os, signal, sys; from phased_ift_jax.interrupts import hold; hold(); os.kill(os.getpid(), signal.SIGTERM)"
+    first += f"; os.execv(sys.executable, [sys.executable, '-c', {second!r}])"
+    ended = [subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=False).returncode for program in (first, first.replace("hold();", ""))]
+    assert ended == [STOPPED, -signal.SIGTERM]
 
 
 def test_a_stop_in_the_imports_is_heard(tmp_path: Path):

@@ -241,6 +241,19 @@ def test_two_seeds_and_one_task_have_no_interval_and_no_nan():
     assert "(95% interval " in report._held_out({"name": "phased", "runs": [0]}, {"name": "one_off", "runs": [2]}, runs)["words"][0]
 
 
+def test_what_a_comparison_does_not_hold_is_said():
+    """Two seeds are few, and a run whose seed the other arm does not have is in no pair."""
+    def run(name, seed):
+        answers = {("easy", str(task)): {"response": "4", "answer": "4" if task % 2 or name == "phased" else "5"} for task in range(40)}
+        return {"name": f"{name}{seed}", "seed": seed, "finished": True, "answers": answers, "forgetting": {"rows": [{"loss": {}}]}}
+
+    runs = [run("phased", 1), run("phased", 2), run("one_off", 1), run("one_off", 2), run("one_off", 3)]
+    two = report._held_out({"name": "phased", "runs": [0, 1]}, {"name": "one_off", "runs": [2, 3]}, runs)["words"]
+    assert two[1:] == ["There are two training seeds: how much seeds differ is hardly known from two, and the interval may be too narrow."]
+    more = report._held_out({"name": "phased", "runs": [0, 1]}, {"name": "one_off", "runs": [2, 3, 4]}, runs)["words"]
+    assert more == [*two, "Left out, without a run of the other arm to go with: one_off3."]
+
+
 def test_differences_of_exact_match_vary_from_all_lost_to_all_won():
     """Two bins, of one task each: as wide as ±100 points allow."""
     def run(answer):

@@ -170,7 +170,7 @@ def _held_out(candidate: dict[str, Any], baseline: dict[str, Any], runs: Sequenc
     found |= {"loss": _losses(pairs), "exact_match": _exact(pairs)}
     alone = [run["name"] for run in [*mine, *theirs] if not any(run in pair for pair in pairs)]
     found["files"] = [f"{run['name']}/{file}" for pair in pairs for run in pair for file in ["forgetting.json"] + [ANSWERS] * bool(found["exact_match"])]
-    unpaired = [f"Left out, as no run of the other arm has the same seed: {', '.join(alone)}."] * bool(alone)
+    unpaired = [f"Left out, without a run of the other arm to go with: {', '.join(alone)}."] * bool(alone)
     return found | {"words": [*_words(found), *unpaired]}
 
 
