@@ -88,7 +88,8 @@ def measure(sizes: Sequence[int], length: int, batch: int, devices: int, steps: 
     )
     records = Lazy(n, lambda i: InstructionRecord(str(i), (Turn("a", "a"),), Source("synthetic", i + 1)))
     examples = Lazy(n, lambda i: example(i, length, vocabulary))
-    data = dataclasses.replace(read.dataset, records=records, examples=examples, phases=phases, bin_of=np.ones(n, np.int8), held_out=np.zeros(n, bool), bin_names=("all",))
+    bins = {"bin_of": np.ones(n, np.int8), "eval_bin_of": np.ones(n, np.int8), "bin_names": ("all",), "eval_bin_names": ("all",)}
+    data = dataclasses.replace(read.dataset, records=records, examples=examples, phases=phases, held_out=np.zeros(n, bool), **bins)
     run = dataclasses.replace(read, dataset=data, plan=dataclasses.replace(read.plan, phases=plans))
     whole = Steps(phases[int(np.argmax(sizes))].rows, batch, 1, (0, 0))
     planning = time.perf_counter()
