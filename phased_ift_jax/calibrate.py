@@ -81,11 +81,10 @@ def described(found: dict[str, Any]) -> str:
     if found["same_id_other_text"]:
         lines.append(f"note      {found['same_id_other_text']:,} ids name another text in the reference; these were not matched by id")
     rows: list[list[object]] = [["threshold", "at or above", "below", "AUC"]]
-    for one in found["thresholds"]:
-        rows.append([f"{one['threshold']:g}", f"{one['above']:,}", f"{one['below']:,}", "none" if one["auc"] is None else f"{one['auc']:.3f}"])
+    rows += [[f"{one['threshold']:g}", f"{one['above']:,}", f"{one['below']:,}", "none" if one["auc"] is None else f"{one['auc']:.3f}"] for one in found["thresholds"]]
     lines += ["", cli.table(rows)]
-    for one in (one for one in found["thresholds"] if one["auc"] is None):
-        lines.append(f"{one['threshold']:g} cannot be tested: the reference knows of no record {'below' if one['above'] else 'at or above'} it")
+    untested = [one for one in found["thresholds"] if one["auc"] is None]
+    lines += [f"{one['threshold']:g} cannot be tested: the reference knows of no record {'below' if one['above'] else 'at or above'} it" for one in untested]
     if confusion := found["confusion"]:
         own = ", ".join("none" if cut is None else f"{cut:.3f}" for cut in confusion["own_thresholds"])
         for name, title in (("by_value", "cut there, too"), ("by_size", f"cut to the reference's sizes, at {own}")):

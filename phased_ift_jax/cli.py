@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from phased_ift_jax.interrupts import REQUESTS
 from phased_ift_jax.records import Failure, UserError
 
 VERBS = {  # in the order in which one comes to need them
@@ -51,7 +52,7 @@ def parse_with_keys(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Names
     """What a parser's own arguments are, and (key, YAML value) for every key of the configuration that is given as a flag.
 
     Raises:
-        UserError: a flag is neither; the line names the nearest that is known.
+        UserError: flags are neither; a line for each names the nearest that is known.
     """
     from phased_ift_jax import config
 
@@ -63,8 +64,8 @@ def parse_with_keys(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Names
     bins = "all of curriculum.bins at once, such as '{by: length, quantiles: [0.5]}'"
     keys.add_argument("--curriculum.bins", metavar="MAPPING", default=argparse.SUPPRESS, help=bins)
     options, rest = parser.parse_known_args(argv)
-    if rest:
-        raise UserError(_unknown(parser, rest[0], own))
+    if rest:  # what follows an unknown flag may be its value: it is told only where no flag is at fault
+        raise UserError("\n".join(_unknown(parser, word, own) for word in [word for word in rest if word.startswith("--")] or rest[:1]))
     return options, [(key, value) for key, value in vars(options).items() if key not in own]
 
 
@@ -127,7 +128,7 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None,
         print("stopped", file=sys.stderr)
         code = 130
     if argv is None:
-        for number in (signal.SIGINT, signal.SIGTERM):  # the verb has ended, and how it did stands: Python's own end is no part of it
+        for number in REQUESTS:  # the verb has ended, and how it did stands: Python's own end is no part of it
             signal.signal(number, signal.SIG_IGN)
     raise SystemExit(code)
 

@@ -50,6 +50,11 @@ class InstructionRecord:
     source: Source
     system: str = ""
 
+    @property
+    def has_responses(self) -> bool:
+        """Whether every turn has a response to learn: spaces are none."""
+        return all(turn.response.strip() for turn in self.turns)
+
 
 @dataclass(frozen=True, slots=True)
 class ScoredRecord:

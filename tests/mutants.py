@@ -198,8 +198,7 @@ MUTANTS = [
         "the moments are forgotten",
         "training/loop.py",
         "return load_arrays(store.root / phase.phase.folder / str(position.step), trainer.shapes, trainer.shardings), position.step",
-        'return trainer.fresh(load_arrays(store.root / phase.phase.folder / str(position.step), {"params": trainer.shapes.params}, '
-        '{"params": trainer.shardings.params})["params"]), position.step',
+        "return trainer.fresh(load_params(store.root / phase.phase.folder / str(position.step), trainer.shapes.params, trainer.shardings.params)), position.step",
         INTERRUPTED,
     ),
     Mutant("resume", "a step is trained twice", "training/loop.py", "trainer.shardings), position.step\n", "trainer.shardings), position.step - 1\n", INTERRUPTED),

@@ -58,7 +58,7 @@ def assert_loads_in_transformers(exported: Path, checkpoints: Path) -> None:
     from phased_ift_jax.models import decoder
     from phased_ift_jax.models.hf_folder import open_folder
     from phased_ift_jax.sharding import make_mesh, tree_shardings
-    from phased_ift_jax.training.checkpoint import Checkpoints, load_arrays
+    from phased_ift_jax.training.checkpoint import Checkpoints, load_params
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(exported)
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
@@ -67,7 +67,7 @@ def assert_loads_in_transformers(exported: Path, checkpoints: Path) -> None:
     shapes = decoder.parameter_shapes(config, jnp.float32)
     shardings = tree_shardings(decoder.parameter_dims(config), shapes, make_mesh(MeshConfig()))
     store = Checkpoints(checkpoints.parent, "", 1)
-    params = load_arrays(store.of_phase(checkpoints.name), {"params": shapes}, {"params": shardings})["params"]
+    params = load_params(store.of_phase(checkpoints.name), shapes, shardings)
     positions = np.arange(tokens.shape[1])[None]
     ours = decoder.logits(config, params, decoder.hidden_states(config, params, tokens, np.ones_like(tokens), positions))
     np.testing.assert_allclose(np.asarray(ours), theirs(torch.tensor(tokens)).logits.detach().numpy(), atol=1e-4, rtol=0)

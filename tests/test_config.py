@@ -305,6 +305,14 @@ def test_flags_are_not_abbreviated() -> None:
         train.main([str(ROOT / "configs" / "quickstart.yaml"), "--training.learning", "1"])
 
 
+def test_every_unknown_flag_is_told_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        train.main([str(ROOT / "configs" / "quickstart.yaml"), "--training.learning_rte", "1", "--seed", "2", "--lr=3", "stray"])
+    first, second = str(caught.value).splitlines()
+    assert first == "unknown key training.learning_rte; did you mean training.learning_rate?"
+    assert second.startswith("unknown key lr: `lr` is `training.learning_rate`")
+
+
 def rows(path: Path, broken: int, whole: int = 60) -> str:
     good = [json.dumps({"instruction": f"Give the first of: {'sfwrmz'[i % 6]}", "output": "s f w", "score": 1 + i % 5}) for i in range(whole)]
     path.write_text("\n".join(["{not json"] * broken + good) + "\n", encoding="utf-8")

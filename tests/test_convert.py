@@ -29,7 +29,7 @@ from phased_ift_jax.models.hf_folder import FAMILIES, open_folder
 from phased_ift_jax.records import UserError
 from phased_ift_jax.sharding import make_mesh
 from phased_ift_jax.training import conversion, stored
-from phased_ift_jax.training.checkpoint import Checkpoints, Position, load_arrays
+from phased_ift_jax.training.checkpoint import Checkpoints, Position, load_params
 from phased_ift_jax.training.step import Trainer
 from phased_ift_jax.training.stored import Stored
 
@@ -172,7 +172,7 @@ def test_orbax_and_training_read_what_from_hf_made(dtype: str, tmp_path: Path) -
     assert converted.converted
     trainer = Trainer(folder.config, TrainingConfig(), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), dtype)
     read = hf_weights.load(folder, trainer.shardings.params, jnp.dtype(dtype))
-    restored = load_arrays(converted.converted, {"params": trainer.shapes.params}, {"params": trainer.shardings.params})["params"]
+    restored = load_params(converted.converted, trainer.shapes.params, trainer.shardings.params)
     assert jax.tree.map(lambda leaf: (leaf.dtype, leaf.sharding), restored) == jax.tree.map(lambda leaf: (leaf.dtype, leaf.sharding), read)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8)), restored, read)
 

@@ -22,7 +22,7 @@ from phased_ift_jax.models.decoder import DecoderConfig
 from phased_ift_jax.records import PackedBatch, TokenizedExample
 from phased_ift_jax.sharding import batch_rows, make_mesh, put
 from phased_ift_jax.training import loss as loss_module
-from phased_ift_jax.training.checkpoint import Checkpoints, Position, load_arrays
+from phased_ift_jax.training.checkpoint import Checkpoints, Position, load_arrays, load_params
 from phased_ift_jax.training.loss import summed_loss
 from phased_ift_jax.training.optimizer import apply, make_optimizer
 from phased_ift_jax.training.step import BATCH_DIMS, Trainer, TrainState
@@ -172,10 +172,9 @@ def test_rows_that_the_mesh_does_not_divide(same: Callable[..., None]) -> None:
 
 
 def cut_into(chunk: int, on_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of so many tokens, on CPUs a third as large where fewer are left, and the loss as it is computed on CPUs or elsewhere."""
+    """Chunks of so many tokens, on CPUs smaller ones where fewer are left, and the loss as it is computed on CPUs or elsewhere."""
     monkeypatch.setattr(loss_module, "CHUNK", chunk)
-    monkeypatch.setattr(loss_module, "CPU_CHUNK", chunk)
-    monkeypatch.setattr(loss_module, "CPU_REST", chunk // 3)
+    monkeypatch.setattr(loss_module, "CPU_CHUNKS", (chunk, chunk // 2, chunk // 3))
     monkeypatch.setattr(loss_module, "_on_cpu", lambda mesh: on_cpu)
 
 
@@ -400,10 +399,7 @@ def test_a_step_takes_over_the_buffers_of_its_state(sizes: tuple[int, int, int],
         store.save("1-a", Position(1, 1, 0, False), {"params": state.params} if "weights" in origin else state)
         store.wait()
         path = tmp_path / "checkpoints" / "1-a" / "1"
-        if "weights" in origin:
-            state = trainer.fresh(load_arrays(path, {"params": trainer.shapes.params}, {"params": trainer.shardings.params})["params"])
-        else:
-            state = load_arrays(path, trainer.shapes, trainer.shardings)
+        state = trainer.fresh(load_params(path, trainer.shapes.params, trainer.shardings.params)) if "weights" in origin else load_arrays(path, trainer.shapes, trainer.shardings)
         assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)) and a.sharding == b.sharding, state, before))
     old, leaves = buffers(state.params) + buffers([m[1:] for m in moments(state)]), jax.tree.leaves(state)
     state, _ = trainer.step(state, batch, jnp.float32(1e-3))

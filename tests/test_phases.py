@@ -208,6 +208,11 @@ def test_a_phase_without_rows_is_one_line() -> None:
     with pytest.raises(UserError, match="phase 'stage3' is empty") as caught:
         draw_phases(curriculum_of(curriculum(), NAMES), "phased", BIN_OF, BIN_OF != 3, 0)
     assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("or train the bins that have rows: --curriculum.order '[1, 2]'")
+    draw_phases(curriculum_of(curriculum(order=[1, 2]), NAMES), "phased", BIN_OF, BIN_OF != 3, 0)  # and that does
+    with pytest.raises(UserError) as caught:
+        draw_phases(curriculum_of(curriculum(), NAMES), "phased", BIN_OF, BIN_OF == 0, 0)
+    assert "--curriculum.order" not in str(caught.value), "no bin has rows"
 
 
 # --- held-out rows ---------------------------------------------------------------------------------------------------------------

@@ -99,7 +99,9 @@ def test_examples_are_shown_as_the_model_gets_them(rows, tmp_path, capsys):  # n
     plan_verb.main([path, "--show", "2"])
     out = capsys.readouterr().out
     run = survey(config_module.load(path), ONE)
-    for row in run.plan.phases[0].steps[0][:2]:
+    of_each = [row for phase in run.plan.phases for row in phase.steps[0][:2]]
+    assert len(of_each) == 2 * len(run.plan.phases) > 2
+    for row in of_each:
         [turn] = run.dataset.records[row].turns
         shown = out.split(f"{run.dataset.records[row].source}: ")[1].split("\n\n")[0]
         assert re.search(rf"\[\s*{re.escape(turn.response)}\s*</s>\]", shown), shown

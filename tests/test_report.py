@@ -135,6 +135,8 @@ def test_the_budget_is_the_plans_and_differences_are_flagged(runs, of_runs):
     # five steps a phase, and one_off has one
     assert "optimizer_steps" in facts["budget"]["unlike"]
     assert text.count("over 1 %") == len(facts["budget"]["unlike"])
+    [said] = [word for word in facts["words"] if word.startswith("Arms differ by more than 1% in ")]
+    assert all(measure.replace("_", " ").replace("flops", "FLOPs") in said for measure in facts["budget"]["unlike"])
 
 
 def test_rows_by_difficulty_are_those_used(runs):

@@ -191,6 +191,17 @@ def test_the_official_stage_three(shared_data: Path, tmp_path: Path, capsys: pyt
     assert [facts["rows"] for facts in told["bins"]] == [2218, 3209, 1462]
 
 
+def test_rows_that_training_leaves_out_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows: list[Any] = rows_of([1.0, 2.0, 3.0, 4.0])
+    assert verb(written(tmp_path / "whole.jsonl", rows), "--out", tmp_path / "whole", "--thresholds", 2.5) == 0
+    assert "note:" not in capsys.readouterr().out
+    rows[1]["output"] = rows[3]["output"] = " "
+    data = written(tmp_path / "some.jsonl", rows)
+    assert verb(data, "--out", tmp_path / "some", "--thresholds", 2.5) == 0
+    assert "note: 2 of those in bins have an empty response, which a run leaves out" in capsys.readouterr().out
+    assert [facts["empty_responses"] for facts in json.loads((tmp_path / "some" / "phases.json").read_text())["bins"]] == [1, 1]
+
+
 def test_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows: list[Any] = rows_of([1.0, 4.166666666666667, 1.0, None, 2.5, 3.5, 3.5, 5.0])
     data = written(tmp_path / "scored.jsonl", [*rows, "{no json"])

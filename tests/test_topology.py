@@ -291,6 +291,10 @@ def test_the_plan_for_a_topology(rows, tmp_path):  # noqa: F811
     assert estimate["step_seconds"]["network"] == 0
     assert 0 < estimate["mfu"] < 1
     assert estimate["usd"] == pytest.approx(estimate["run_seconds"] / 3600 * 4 * 1.2)
+    soon, late = estimate["expected_seconds"]
+    assert estimate["run_seconds"] <= soon <= late  # no guess is below the bound
+    chip = chips.CHIPS["v5e"].flops * 4
+    assert late == pytest.approx(max(estimate["run_seconds"], run["budget"]["flops"] / (0.3 * chip)))
     assert any("fewer chips would cost less" in finding["text"] for finding in run["findings"])  # a toy on four chips
 
 

@@ -66,7 +66,9 @@ def split(reading: Reading, names: Sequence[str], thresholds: Sequence[float]) -
 
 
 def facts(made: Split, encode: Encode | None) -> list[dict[str, Any]]:
-    """Of each bin: rows and their share, scores, mean words and characters of the responses, and with `encode` mean tokens of prompt and response."""
+    """Of each bin: rows and their share, scores, rows with an empty response, which training leaves out, mean words and characters of the
+    responses, and with `encode` mean tokens of prompt and response.
+    """
     told, scored = [], int((made.bin_of > 0).sum())
     for number, name in enumerate(made.names, 1):
         records = [record for row in made.rows(number) if isinstance(record := made.reading.records[row], ScoredRecord)]
@@ -74,6 +76,7 @@ def facts(made: Split, encode: Encode | None) -> list[dict[str, Any]]:
         responses = ["\n".join(turn.response for turn in record.record.turns) for record in records]
         told.append(
             {"name": name, "rows": len(records), "share": len(records) / scored, "lowest": min(scores), "highest": max(scores), "mean_score": float(np.mean(scores))}
+            | {"empty_responses": sum(not record.record.has_responses for record in records)}
             | {"mean_words": float(np.mean([len(text.split()) for text in responses])), "mean_characters": float(np.mean([len(text) for text in responses]))}
             | ({"mean_tokens": _tokens([record.record for record in records], encode) / len(records)} if encode else {})
         )
@@ -90,14 +93,13 @@ def run_card(path: str) -> dict[str, Any] | None:
     """What `score` says of a scored file in the run card beside it (scored.card.json beside scored.jsonl); None where there is none for this file."""
     if not path.endswith(".jsonl"):
         return None
-    texts = []
+    places = (path, path.removesuffix(".jsonl") + ".card.json")
     try:
-        for place in (path, path.removesuffix(".jsonl") + ".card.json"):
-            texts.append((pictures.copy(place, "split") if pictures.is_ours(place) else Path(place).expanduser()).read_bytes())
-        card = json.loads(texts[1])
+        scored, text = ((pictures.copy(place, "split") if pictures.is_ours(place) else Path(place).expanduser()).read_bytes() for place in places)
+        card = json.loads(text)
     except (OSError, ValueError, UserError):
         return None
-    return card if isinstance(card, dict) and card.get("sha256") == hashlib.sha256(texts[0]).hexdigest() else None
+    return card if isinstance(card, dict) and card.get("sha256") == hashlib.sha256(scored).hexdigest() else None
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def draw(scores: Scores, thresholds: Sequence[float], names: Sequence[str], titl
     bottom.step([borders[0], *scores.values, borders[-1]], [0, *np.cumsum(scores.counts) / n, 1], where="post", color=INK, linewidth=1.6)
     bottom.set_ylim(0, 1.02)
     bottom.set_ylabel("rows up to a score")
-    bottom.set_xlabel("difficulty")
+    bottom.set_xlabel("score")
     bottom.grid(axis="y", color="#dddddd", linewidth=0.6)
     for threshold, share in zip(thresholds, below, strict=True):
         for panel in (top, bottom):

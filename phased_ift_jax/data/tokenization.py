@@ -102,7 +102,7 @@ def _control(tokenizer: Any) -> list[str]:
 
 
 def _unusable(record: InstructionRecord, control: list[str]) -> str | None:
-    if any(not turn.response.strip() for turn in record.turns):
+    if not record.has_responses:
         return "empty response"
     return _control_in(record, control)
 

@@ -22,7 +22,7 @@ from phased_ift_jax.config import load
 from phased_ift_jax.data.prompts import Prompt
 from phased_ift_jax.data.tokenization import decode, end_of_response, load_tokenizer, prompt_ids
 from phased_ift_jax.files import write_whole
-from phased_ift_jax.models import generation, hf_weights, hub
+from phased_ift_jax.models import generation, hub
 from phased_ift_jax.models.decoder import Params, parameter_dims, parameter_shapes, unrolled
 from phased_ift_jax.models.hf_folder import Folder, open_folder
 from phased_ift_jax.models.tensor_files import weight_files
@@ -30,7 +30,6 @@ from phased_ift_jax.object_store import Objects
 from phased_ift_jax.records import UserError
 from phased_ift_jax.sharding import tree_shardings
 from phased_ift_jax.training import conversion, manifest, mirror
-from phased_ift_jax.training.checkpoint import load_arrays
 from phased_ift_jax.training.model_card import PROVENANCE
 
 Line = dict[str, Any]
@@ -70,9 +69,7 @@ class Model:
         """The weights in this dtype, sharded."""
         shapes = parameter_shapes(self.folder.config, jnp.dtype(dtype))
         shardings = tree_shardings(parameter_dims(self.folder.config), shapes, mesh)
-        if self.checkpoint is None:
-            return hf_weights.load(self.folder, shardings, dtype)
-        return load_arrays(self.checkpoint, {"params": shapes}, {"params": shardings})["params"]
+        return conversion.load_weights(self.folder, self.checkpoint, shardings, dtype)
 
     def resolved(self, settings: Settings) -> Settings:
         """The settings with what the model says where they say nothing.
@@ -103,10 +100,7 @@ def opened(source: str) -> Iterator[Model]:
         if not (path.is_dir() or pictures.is_ours(source) or hub.is_name(source)):
             raise UserError(f"--model: no such folder '{source}'; give a run, a checkpoint of it, a Hugging Face folder or a hub name")
         folder = open_folder(source)
-        if folder.converted:
-            conversion.check(conversion.Source(folder.converted, folder, None))
-        else:
-            hf_weights.check(folder)
+        conversion.check_weights(folder)
         try:
             trained = json.loads((folder.path / PROVENANCE).read_text(encoding="utf-8")).get("settings")
         except (OSError, ValueError, AttributeError):

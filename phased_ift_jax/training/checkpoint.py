@@ -216,6 +216,11 @@ def load_arrays(path: Path, shapes: Tree, shardings: Tree) -> Tree:
     return owned(restored, shardings)
 
 
+def load_params(path: Path, shapes: Tree, shardings: Tree) -> Tree:
+    """The parameters alone of a checkpoint, as `load_arrays` has them."""
+    return load_arrays(path, {"params": shapes}, {"params": shardings})["params"]
+
+
 def metadata_of(checkpoint: Path) -> dict[str, Any]:
     """What was saved with a checkpoint: its position, the identity of its data, its base, and the versions of the libraries that made it.
 

@@ -27,13 +27,14 @@ from phased_ift_jax.data.tokenizer_json import added_files
 from phased_ift_jax.files import building, clear, part_of, write_whole
 from phased_ift_jax.making import SOURCE, is_made, making
 from phased_ift_jax.models import hf_weights
+from phased_ift_jax.models.decoder import Params, parameter_shapes
 from phased_ift_jax.models.hf_export import export, export_to_bucket
 from phased_ift_jax.models.hf_folder import CARD, CONVERSION, CONVERTED, Folder, is_small, open_folder
 from phased_ift_jax.models.tensor_files import CODES, Tensors, ahead, reordered
 from phased_ift_jax.object_store import Objects, crc32c_of
 from phased_ift_jax.records import UserError
 from phased_ift_jax.training import manifest, mirror
-from phased_ift_jax.training.checkpoint import Checkpoints, metadata_of
+from phased_ift_jax.training.checkpoint import Checkpoints, load_params, metadata_of
 from phased_ift_jax.training.model_card import PROVENANCE, card, provenance
 from phased_ift_jax.training.stored import Stored
 
@@ -190,6 +191,21 @@ def check(source: Source) -> Stored:
             said = f"the config.json of '{source.base.name}' says {weight.shape}"
             raise UserError(f"'{mirror.shown(source.checkpoint)}': {weight.path} has shape {shape}, {said}; name its own base with --base")
     return stored
+
+
+def check_weights(folder: Folder) -> None:
+    """Raise `UserError` where a folder's weights, safetensors or made by `from_hf`, are not those that its config.json asks for."""
+    if folder.converted:
+        check(Source(folder.converted, folder, None))
+    else:
+        hf_weights.check(folder)
+
+
+def load_weights(folder: Folder, checkpoint: Path | None, shardings: Any, dtype: str) -> Params:
+    """The parameters in `dtype`, each under its sharding, from a checkpoint of such a model; None: from the folder's safetensors."""
+    if checkpoint is None:
+        return hf_weights.load(folder, shardings, dtype)
+    return load_params(checkpoint, parameter_shapes(folder.config, jnp.dtype(dtype)), shardings)
 
 
 def to_hf(source: Source, destination: Path | str, dtype: str | None = None, progress: Progress = silent, verify: bool = True) -> bool:

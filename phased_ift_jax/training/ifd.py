@@ -17,12 +17,11 @@ from phased_ift_jax.config import MeshConfig, TrainingConfig
 from phased_ift_jax.data.batches import Steps, batches
 from phased_ift_jax.data.packing import choose_shapes, placed
 from phased_ift_jax.data.tokenization import load_tokenizer, tokenize
-from phased_ift_jax.models import hf_weights
 from phased_ift_jax.models.decoder import Params
 from phased_ift_jax.models.hf_folder import open_folder
 from phased_ift_jax.records import InstructionRecord, Quarantined, TokenizedExample
 from phased_ift_jax.sharding import batch_rows, make_mesh, put
-from phased_ift_jax.training.checkpoint import load_arrays
+from phased_ift_jax.training import conversion
 from phased_ift_jax.training.plan import row_price
 from phased_ift_jax.training.step import BATCH_DIMS, Trainer
 
@@ -49,7 +48,7 @@ def ratios(records: Sequence[InstructionRecord], model: str, template: str, max_
     alone = [_alone(example, span, begin) for example in prompted for span in example.responses]
     owner = np.repeat(np.arange(len(prompted)), [len(example.responses) for example in prompted])
 
-    sums = summed_losses(trainer, _params(folder, trainer), [*prompted, *alone]) if usable else np.zeros(0)
+    sums = summed_losses(trainer, conversion.load_weights(folder, folder.converted, trainer.shardings.params, dtype), [*prompted, *alone]) if usable else np.zeros(0)
     without = np.bincount(owner, sums[len(prompted) :], len(prompted))
     with np.errstate(divide="ignore", invalid="ignore"):
         found = iter(sums[: len(prompted)] / without)
@@ -85,9 +84,3 @@ def _alone(example: TokenizedExample, span: tuple[int, int], begin: int) -> Toke
 
 def _finite(record: InstructionRecord, ratio: float) -> float | Quarantined:
     return ratio if math.isfinite(ratio) else Quarantined(record.source, record.id, "the ratio of its losses is no finite number")
-
-
-def _params(folder: Any, trainer: Trainer) -> Params:
-    if folder.converted:
-        return load_arrays(folder.converted, {"params": trainer.shapes.params}, {"params": trainer.shardings.params})["params"]
-    return hf_weights.load(folder, trainer.shardings.params, trainer.param_dtype)

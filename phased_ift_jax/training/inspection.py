@@ -55,7 +55,7 @@ def _architecture(folder: Folder) -> dict[str, Any]:
 
 def _weights(folder: Folder, name_or_path: str, revision: str | None) -> dict[str, Any]:
     if folder.converted:
-        conversion.check(conversion.Source(folder.converted, folder, None))
+        conversion.check_weights(folder)
         shapes = {name: weight.layout.their_shape(weight.each) for weight in hf_weights.weights(folder) for name in weight.names}
         header: Header = {name: (code, shapes[name]) for name, code in folder.converted_dtypes().items()}
         form = "orbax, made by convert from-hf"

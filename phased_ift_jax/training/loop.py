@@ -29,13 +29,13 @@ from phased_ift_jax.data.batches import batches
 from phased_ift_jax.data.dataset import write_quarantine
 from phased_ift_jax.files import is_full, set_aside, sole_writer, write_whole
 from phased_ift_jax.interrupts import Stop, Stopped, watchdog
-from phased_ift_jax.models import hf_weights, hub
+from phased_ift_jax.models import hub
 from phased_ift_jax.models.decoder import Params
 from phased_ift_jax.models.hf_folder import open_folder
 from phased_ift_jax.records import Failure, UserError
 from phased_ift_jax.sharding import highest, make_mesh, put
 from phased_ift_jax.training import conversion, goodput, mirror
-from phased_ift_jax.training.checkpoint import Checkpoints, Position, SaveFailed, load_arrays
+from phased_ift_jax.training.checkpoint import Checkpoints, Position, SaveFailed, load_arrays, load_params
 from phased_ift_jax.training.held_out import Results, evaluate
 from phased_ift_jax.training.metrics import Books, Rate, check_reporters
 from phased_ift_jax.training.output import check_output
@@ -74,9 +74,7 @@ class Run(Survey):
         trainer = self.trainer(self.plan.phases[0])
         if self.config.model.init == "random":
             return trainer.init_params(self.config.seed)
-        if self.folder.converted:
-            return load_arrays(self.folder.converted, {"params": trainer.shapes.params}, {"params": trainer.shardings.params})["params"]
-        return hf_weights.load(self.folder, trainer.shardings.params, trainer.param_dtype)
+        return conversion.load_weights(self.folder, self.folder.converted, trainer.shardings.params, trainer.param_dtype)
 
     @cached_property
     def held_out(self) -> list[tuple[str, np.ndarray]]:
@@ -104,10 +102,7 @@ def _read(config: RunConfig) -> Run:
     folder = seen.folder
     if config.model.init == "pretrained":  # only now: of a hub model these are many gigabytes
         folder = open_folder(config.model.model_name_or_path, config.model.revision)
-        if folder.converted:
-            conversion.check(conversion.Source(folder.converted, folder, None))
-        else:
-            hf_weights.check(folder)
+        conversion.check_weights(folder)
     return Run(config, folder, seen.tokenizer, seen.dataset, seen.plan, seen.mesh_sizes, seen.platform, mesh)
 
 
@@ -238,7 +233,7 @@ def _begin(run: Run, phase: PhasePlan, trainer: Trainer, store: Checkpoints, pos
     assert before is not None, "a phase starts only after the one before it was saved"
     if run.config.curriculum.optimizer_state == "keep":
         return load_arrays(before, trainer.shapes, trainer.shardings), 0
-    return trainer.fresh(load_arrays(before, {"params": trainer.shapes.params}, {"params": trainer.shardings.params})["params"]), 0
+    return trainer.fresh(load_params(before, trainer.shapes.params, trainer.shardings.params)), 0
 
 
 def _compile(phase: PhasePlan, trainer: Trainer, start: int, enough: Callable[[], object]) -> None:
@@ -343,7 +338,7 @@ def _finish_phase(run: Run, phase: PhasePlan, store: Checkpoints, results: Resul
         raise UserError(f"output_dir: the checkpoint at the end of {phase.phase.folder} is gone, from which it is to be evaluated or exported; restore it, or start with --fresh")
     if measure:
         trainer = run.trainer(phase)
-        _measure(run, load_arrays(path, {"params": trainer.shapes.params}, {"params": trainer.shardings.params})["params"], results, phase.phase.folder)
+        _measure(run, load_params(path, trainer.shapes.params, trainer.shardings.params), results, phase.phase.folder)
     if export:
         processes.agree(lambda: conversion.to_hf(conversion.Source(path, run.folder, run.output), destination, run.config.export.dtype, verify=False))
 

@@ -16,7 +16,7 @@ from phased_ift_jax.records import PackedBatch
 from phased_ift_jax.sharding import batch_rows, constrain, gathered
 
 CHUNK = 1024  # tokens of one device whose logits exist at once
-CPU_CHUNK, CPU_REST = 192, 64  # the same on a CPU, of trained tokens alone: others are passed over
+CPU_CHUNKS = (768, 192, 64)  # the same on a CPU, of trained tokens alone, in what is left by the sizes before: others are passed over
 Sums = tuple[jax.Array, jax.Array | None]  # the loss, and the head's gradient where it is asked for
 
 
@@ -90,24 +90,24 @@ def _on_cpu(mesh: Mesh | None) -> bool:
 def _over_trained(add: Callable[..., Any], sums: Sums, rows: int, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> tuple[Sums, jax.Array | None]:
     """`add` over trained positions alone, put before the others of their rows: the head is most of a small model's work.
 
-    They are computed in chunks of `CPU_CHUNK` tokens of the rows that a device has, and what is left of them in chunks of `CPU_REST`.
+    They are computed in chunks of the first of `CPU_CHUNKS` tokens of the rows that a device has, what is left of them in the next, smaller ones.
     """
     order_BT = jnp.argsort(weights_BT == 0, axis=1, stable=True)
     ordered = jnp.take_along_axis(hidden_BTD, order_BT[..., None], axis=1), *(jnp.take_along_axis(x_BT, order_BT, axis=1) for x_BT in (targets_BT, weights_BT))
-    most, (large, small) = jnp.max(jnp.sum(weights_BT != 0, axis=1)), (max(1, min(hidden_BTD.shape[1], size // rows)) for size in (CPU_CHUNK, CPU_REST))
-    padded = [jnp.pad(x, ((0, 0), (0, large), *[(0, 0)] * (x.ndim - 2))) for x in ordered]
+    most, sizes = jnp.max(jnp.sum(weights_BT != 0, axis=1)), [max(1, min(hidden_BTD.shape[1], size // rows)) for size in CPU_CHUNKS]
+    padded = [jnp.pad(x, ((0, 0), (0, sizes[-1]), *[(0, 0)] * (x.ndim - 2))) for x in ordered]
     made_BTD = None if sums[1] is None else jnp.zeros(padded[0].shape, sums[1].dtype)
 
-    def over(size: int, begin: jax.Array | int, chunks: jax.Array, carry: tuple[Sums, jax.Array | None]) -> tuple[Sums, jax.Array | None]:
-        def one(chunk: jax.Array, carry: tuple[Sums, jax.Array | None]) -> tuple[Sums, jax.Array | None]:
-            (sums, made_BTD), at = carry, begin + chunk * size
-            sums, gradient_BTD = add(sums, tuple(jax.lax.dynamic_slice_in_dim(x, at, size, axis=1) for x in padded))
-            return sums, None if made_BTD is None else jax.lax.dynamic_update_slice_in_dim(made_BTD, gradient_BTD, at, axis=1)
+    def one(size: int, begin: jax.Array, chunk: jax.Array, carry: tuple[Sums, jax.Array | None]) -> tuple[Sums, jax.Array | None]:
+        (sums, made_BTD), at = carry, begin + chunk * size
+        sums, gradient_BTD = add(sums, tuple(jax.lax.dynamic_slice_in_dim(x, at, size, axis=1) for x in padded))
+        return sums, None if made_BTD is None else jax.lax.dynamic_update_slice_in_dim(made_BTD, gradient_BTD, at, axis=1)
 
-        return jax.lax.fori_loop(0, chunks, one, carry)
-
-    whole = most // large
-    sums, made_BTD = over(small, whole * large, -(-(most % large) // small), over(large, 0, whole, (sums, made_BTD)))
+    begin = jnp.zeros((), most.dtype)
+    for size in sizes:
+        chunks = (most - begin) // size if size > sizes[-1] else -(-(most - begin) // size)
+        sums, made_BTD = jax.lax.fori_loop(0, chunks, partial(one, size, begin), (sums, made_BTD))
+        begin += chunks * size
     if made_BTD is None:
         return sums, None
     return sums, jnp.take_along_axis(made_BTD[:, : order_BT.shape[1]], jnp.argsort(order_BT, axis=1)[..., None], axis=1)

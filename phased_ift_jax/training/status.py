@@ -64,8 +64,7 @@ def status(run: Path, verify: bool = False) -> dict[str, Any]:
 def status_of_address(address: str, verify: bool = False) -> dict[str, Any]:
     """The same of a run in a bucket, where `verify` compares with what the store says of each object."""
     with mirror.picture(address) as folder:
-        facts = status(folder, verify)
-        of_folder = json.dumps(facts | {"at_work": holder(Objects(address))})
+        of_folder = json.dumps(status(folder, verify) | {"at_work": holder(Objects(address))})
         return dict(json.loads(of_folder.replace(str(folder), address.rstrip("/"))))
 
 

@@ -85,7 +85,7 @@ def describe(run: Survey, device: str) -> str:
         "",
         cli.table(phases),
         "",
-        *(f"rows    {s.rows} a step, of {', '.join(map(str, s.lengths))} tokens{' (examples packed into each)' if s.packed else ' (one example each)'}" for s in plan.all_shapes),
+        *(f"batch   {s.rows} sequences of {', '.join(map(str, s.lengths))} tokens ({'examples packed into each' if s.packed else 'one example each'})" for s in plan.all_shapes),
         f"between phases: weights go on, optimizer {curriculum.optimizer_state}, schedule {'restarts' if curriculum.restarts_schedule else 'continues'}",
         f"budget  {ledger['examples']:,} examples, {ledger['response_tokens']:,} response tokens, {ledger['optimizer_steps']:,} steps, "
         f"sum of learning rates {ledger['sum_of_learning_rates']:.4g}, {ledger['flops']:.3g} FLOPs",

@@ -33,6 +33,7 @@ from phased_ift_jax.training.survey import Survey
 from phased_ift_jax.xla_flags import flags_for
 
 TPUS = {name: chip for name, chip in CHIPS.items() if chip.axes}
+USUAL_MFU = (0.5, 0.3)  # short packed examples do less well than the 57 to 65 % that MaxText publishes for Llama-2-70B at full length
 POLICIES = ("none", "save_dots", "save_attention", "full")  # each keeps less than the one before
 
 
@@ -218,7 +219,7 @@ def step_flops(model: DecoderConfig, rows: int, length: int, policy: str) -> tup
 
 def estimate(run: Survey, topology: Topology, compiled: Compiled, usd_per_chip_hour: float | None) -> dict[str, Any]:
     """A roofline of the run: each step as long as the slowest of compute, memory and links would take at published peak rates, were the
-    others free. A bound from below, not a prediction: the best published runs of such models reach 50 to 65 % MFU.
+    others free. A bound from below, not a prediction; what to expect beside it is a guess from what trainers commonly reach (`USUAL_MFU`).
     """
     chip, model, policy = topology.chip, run.plan.model, run.config.model.gradient_checkpointing
     chips, tensor, links = len(topology.devices), run.mesh_sizes["tensor"], chip.links(topology.shape)
@@ -249,6 +250,7 @@ def estimate(run: Survey, topology: Topology, compiled: Compiled, usd_per_chip_h
         "mfu": step_flops(model, compiled.rows, compiled.length, policy)[0] / (max(per_step.values()) * chips * chip.flops),
         "run_seconds": total,
         "run_mfu": own / (total * chips * chip.flops),
+        "expected_seconds": [max(total, own / (mfu * chips * chip.flops)) for mfu in USUAL_MFU],
         "usd": None if usd_per_chip_hour is None else total / 3600 * chips * usd_per_chip_hour,
         "tokens_per_chip": compiled.rows * compiled.length / chips / compiled.parts,
         "tokens_per_chip_compute_bound": chip.flops / links,
@@ -301,6 +303,7 @@ def describe(told: dict[str, Any]) -> str:
         "estimate: a roofline from published peak rates, a bound and no prediction; start, evaluation and saving not counted",
         f"  a step  {seconds}; bound by {estimate['bound_by']}, MFU at most {estimate['mfu']:.0%}",
         f"  the run at least {estimate['run_seconds'] / 60:,.1f} minutes{cost}; its real tokens at {estimate['run_mfu']:.0%} MFU at most",
+        f"  expect  {' to '.join(f'{one / 60:,.1f}' for one in estimate['expected_seconds'])} minutes, a guess: what {USUAL_MFU[0]:.0%} to {USUAL_MFU[1]:.0%} MFU would take",
         f"  tokens  {estimate['tokens_per_chip']:,.0f} a chip each time its weights come together; compute-bound above about {estimate['tokens_per_chip_compute_bound']:,.0f}",
     ]
     return "\n".join(lines)
