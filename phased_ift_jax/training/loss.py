@@ -94,7 +94,7 @@ def _over_trained(add: Callable[..., Any], sums: Sums, rows: int, hidden_BTD: ja
     """
     order_BT = jnp.argsort(weights_BT == 0, axis=1, stable=True)
     ordered = jnp.take_along_axis(hidden_BTD, order_BT[..., None], axis=1), *(jnp.take_along_axis(x_BT, order_BT, axis=1) for x_BT in (targets_BT, weights_BT))
-    most, sizes = jnp.max(jnp.sum(weights_BT != 0, axis=1)), [max(1, min(hidden_BTD.shape[1], size // rows)) for size in CPU_CHUNKS]
+    most, sizes = jnp.max(jnp.sum(weights_BT != 0, axis=1)), sorted({max(1, min(hidden_BTD.shape[1], size // rows)) for size in CPU_CHUNKS}, reverse=True)
     padded = [jnp.pad(x, ((0, 0), (0, sizes[-1]), *[(0, 0)] * (x.ndim - 2))) for x in ordered]
     made_BTD = None if sums[1] is None else jnp.zeros(padded[0].shape, sums[1].dtype)
 
