@@ -64,8 +64,9 @@ def parse_with_keys(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Names
     bins = "all of curriculum.bins at once, such as '{by: length, quantiles: [0.5]}'"
     keys.add_argument("--curriculum.bins", metavar="MAPPING", default=argparse.SUPPRESS, help=bins)
     options, rest = parser.parse_known_args(argv)
-    if rest:  # what follows an unknown flag may be its value: it is told only where no flag is at fault
-        raise UserError("\n".join(_unknown(parser, word, own) for word in [word for word in rest if word.startswith("--")] or rest[:1]))
+    if rest:  # other words may be values of unknown flags: they are told only where no flag is at fault
+        flags = [word for word in rest if word.startswith("--") and " " not in word.partition("=")[0]]
+        raise UserError("\n".join(dict.fromkeys(_unknown(parser, word, own) for word in flags or rest[:1])))
     return options, [(key, value) for key, value in vars(options).items() if key not in own]
 
 

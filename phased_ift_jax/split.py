@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     print(f"{reading.rows:,} rows = {rows['in_bins']:,} in bins + {rows['unscored']:,} without a score + {rows['quarantined']:,} that cannot be used")
     if empty := sum(bin["empty_responses"] for bin in bins):
-        print(f"note: {empty:,} of those in bins have an empty response, which a run leaves out")
+        print(f"note: {empty:,} of those in bins have an empty response: training quarantines them (and stops at more than data.max_quarantined)")
     print(f"{_how(chosen)}: thresholds {' '.join(map(repr, thresholds))}\n\n{_table(bins, thresholds)}\n")
     print(f"written in {folder}: {', '.join(written)}")
     print(f"train with  --curriculum.bins '{{from: {folder / files.LIST}}}'")

@@ -187,14 +187,14 @@ def test_a_chunked_loss_is_the_loss(chunk: int, on_cpu: bool, same: Callable[...
 
 
 def test_chunks_without_a_trained_position_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two rows of 64 with 5 and 20 trained positions chunks of 16 and 5 each are computed, wherever these lie: what is not a number in the others is not seen."""
+    """Of two rows of 64 with 5 and 28 trained positions chunks of 16, 8 and 5 each are computed, wherever these lie: what is not a number in the others is not seen."""
     cut_into(32, True, monkeypatch)
     rng = np.random.default_rng(0)
     weights_BT = np.zeros((2, 64), np.float32)
-    weights_BT[0, rng.choice(64, 5, replace=False)], weights_BT[1, rng.choice(64, 20, replace=False)] = 1, 1
+    weights_BT[0, rng.choice(64, 5, replace=False)], weights_BT[1, rng.choice(64, 28, replace=False)] = 1, 1
     hidden_BTD, head_DV = rng.normal(size=(2, 64, 8)).astype(np.float32), rng.normal(size=(8, 11)).astype(np.float32)
     targets_BT = rng.integers(0, 11, (2, 64), np.int32)
-    beyond_BT = np.cumsum(weights_BT == 0, axis=1) > 21 - weights_BT.sum(axis=1, keepdims=True)  # those that come after two chunks of the row
+    beyond_BT = np.cumsum(weights_BT == 0, axis=1) > 29 - weights_BT.sum(axis=1, keepdims=True)  # those that come after three chunks of the row
     loss = jax.value_and_grad(lambda hidden_BTD: loss_module.cross_entropy(hidden_BTD, head_DV, targets_BT, weights_BT, "DV", None))
     whole, gradient_BTD = loss(hidden_BTD)
     other, other_BTD = loss(np.where((beyond_BT & (weights_BT == 0))[..., None], np.nan, hidden_BTD))

@@ -198,7 +198,7 @@ def test_rows_that_training_leaves_out_are_told(tmp_path: Path, capsys: pytest.C
     rows[1]["output"] = rows[3]["output"] = " "
     data = written(tmp_path / "some.jsonl", rows)
     assert verb(data, "--out", tmp_path / "some", "--thresholds", 2.5) == 0
-    assert "note: 2 of those in bins have an empty response, which a run leaves out" in capsys.readouterr().out
+    assert "note: 2 of those in bins have an empty response: training quarantines them" in capsys.readouterr().out
     assert [facts["empty_responses"] for facts in json.loads((tmp_path / "some" / "phases.json").read_text())["bins"]] == [1, 1]
 
 

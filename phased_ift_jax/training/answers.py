@@ -67,8 +67,7 @@ class Model:
 
     def load(self, dtype: str, mesh: Mesh) -> Params:
         """The weights in this dtype, sharded."""
-        shapes = parameter_shapes(self.folder.config, jnp.dtype(dtype))
-        shardings = tree_shardings(parameter_dims(self.folder.config), shapes, mesh)
+        shardings = tree_shardings(parameter_dims(self.folder.config), parameter_shapes(self.folder.config, jnp.dtype(dtype)), mesh)
         return conversion.load_weights(self.folder, self.checkpoint, shardings, dtype)
 
     def resolved(self, settings: Settings) -> Settings:

@@ -26,8 +26,7 @@ class Finding:
 
 def examine(run: Survey) -> list[Finding]:
     """All findings, the serious ones first."""
-    found = [*_updates(run), *_tokens(run), *_truncation(run), *_template(run)]
-    return sorted(found, key=lambda finding: not finding.serious)
+    return sorted([*_updates(run), *_tokens(run), *_truncation(run), *_template(run)], key=lambda finding: not finding.serious)
 
 
 def _updates(run: Survey) -> Iterator[Finding]:

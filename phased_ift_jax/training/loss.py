@@ -16,7 +16,7 @@ from phased_ift_jax.records import PackedBatch
 from phased_ift_jax.sharding import batch_rows, constrain, gathered
 
 CHUNK = 1024  # tokens of one device whose logits exist at once
-CPU_CHUNKS = (768, 192, 64)  # the same on a CPU, of trained tokens alone, in what is left by the sizes before: others are passed over
+CPU_CHUNKS = (768, 192, 64)  # the same on a CPU, of trained tokens alone, each size of what those before it have left
 Sums = tuple[jax.Array, jax.Array | None]  # the loss, and the head's gradient where it is asked for
 
 
@@ -67,7 +67,7 @@ def _scan(
         head_gradient = sums[1] + jnp.einsum(f"BTD,BTV->{summed_dims}", hidden_BTD, errors_BTV, preferred_element_type=wide)
         return (loss, head_gradient), jnp.einsum(f"BTV,{dims}->BTD", errors_BTV, whole_head, preferred_element_type=wide)
 
-    rows = -(-B // (1 if mesh is None else batch_rows(mesh.shape)))
+    rows = B if mesh is None or B % batch_rows(mesh.shape) else B // batch_rows(mesh.shape)  # those that devices do not divide are held whole by each
     sums: Sums = (jnp.zeros((), wide), jnp.zeros(head.shape if summed_dims == dims else head.shape[::-1], wide) if gradients else None)
     if on_cpu:
         sums, hidden_gradient_BTD = _over_trained(add, sums, rows, hidden_BTD, targets_BT, weights_BT)
@@ -90,7 +90,8 @@ def _on_cpu(mesh: Mesh | None) -> bool:
 def _over_trained(add: Callable[..., Any], sums: Sums, rows: int, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> tuple[Sums, jax.Array | None]:
     """`add` over trained positions alone, put before the others of their rows: the head is most of a small model's work.
 
-    They are computed in chunks of the first of `CPU_CHUNKS` tokens of the rows that a device has, what is left of them in the next, smaller ones.
+    They are computed in as many chunks of the first size of `CPU_CHUNKS` (tokens of all rows that a device has) as are full, then of the next;
+    the last size takes the rest, and may go into positions that are not trained.
     """
     order_BT = jnp.argsort(weights_BT == 0, axis=1, stable=True)
     ordered = jnp.take_along_axis(hidden_BTD, order_BT[..., None], axis=1), *(jnp.take_along_axis(x_BT, order_BT, axis=1) for x_BT in (targets_BT, weights_BT))

@@ -58,7 +58,7 @@ def survey(config: RunConfig, mesh_sizes: Mapping[str, int], platform: str | Non
 
 
 def describe(run: Survey, device: str) -> str:
-    """What will be trained, in tables: rows by bin, phases, row shapes, budget, and the policy between phases."""
+    """What will be trained, in tables: rows by bin, phases, batch shapes, budget, and the policy between phases."""
     data, plan, curriculum = run.dataset, run.plan, run.config.curriculum
     binless = data.rows_read - sum(count.read for count in data.counts)
     truncated, left_out = (sum(getattr(count, name) for count in data.counts) for name in ("truncated", "left_out"))

@@ -286,7 +286,7 @@ def describe(told: dict[str, Any]) -> str:
     if not step["rows"]:
         return f"{told['topology']}: {told['chips']} chips of {_gib(told['memory_bytes'])}; weights, moments and gradients alone take {_gib(told['peak_bytes'])} of each"
     lines = [
-        f"{told['topology']}: {told['chips']} chips; step of {step['rows']} rows of {step['length']} tokens{parts} compiled in {told['compile_seconds']:.0f} s",
+        f"{told['topology']}: {told['chips']} chips; step of {step['rows']} sequences of {step['length']} tokens{parts} compiled in {told['compile_seconds']:.0f} s",
         f"memory  {_gib(told['peak_bytes'])} of {_gib(told['memory_bytes'])} a chip, {_gib(told['state_bytes_per_chip'])} of it weights and moments: "
         + ("fits" if told["fits"] else "DOES NOT FIT"),
     ]
@@ -303,7 +303,7 @@ def describe(told: dict[str, Any]) -> str:
         "estimate: a roofline from published peak rates, a bound and no prediction; start, evaluation and saving not counted",
         f"  a step  {seconds}; bound by {estimate['bound_by']}, MFU at most {estimate['mfu']:.0%}",
         f"  the run at least {estimate['run_seconds'] / 60:,.1f} minutes{cost}; its real tokens at {estimate['run_mfu']:.0%} MFU at most",
-        f"  expect  {' to '.join(f'{one / 60:,.1f}' for one in estimate['expected_seconds'])} minutes, a guess: what {USUAL_MFU[0]:.0%} to {USUAL_MFU[1]:.0%} MFU would take",
+        f"  expect  {' to '.join(f'{one / 60:,.1f}' for one in estimate['expected_seconds'])} minutes, a guess: {USUAL_MFU[0]:.0%} to {USUAL_MFU[1]:.0%} MFU if the bound allows",
         f"  tokens  {estimate['tokens_per_chip']:,.0f} a chip each time its weights come together; compute-bound above about {estimate['tokens_per_chip_compute_bound']:,.0f}",
     ]
     return "\n".join(lines)
