@@ -281,7 +281,7 @@ def read(path: str | Path, keys: str = "output_dir, model, data") -> dict[str, A
         local = pictures.copy(str(path), "config") if pictures.is_ours(str(path)) else Path(path)
         tree = yaml.safe_load(local.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"config: cannot read '{path}': {error.strerror}") from None
+        raise UserError(f"config: cannot read '{path}': {error.strerror}; give the path of a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config: '{path}' is not YAML: " + " ".join(str(error).split())) from None
     if not isinstance(tree, dict):

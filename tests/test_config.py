@@ -322,7 +322,7 @@ def rows(path: Path, broken: int, whole: int = 60) -> str:
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        ({"CONFIG": "absent.yaml"}, "config: cannot read '{tmp}/absent.yaml'"),
+        ({"CONFIG": "absent.yaml"}, "config: cannot read '{tmp}/absent.yaml': No such file or directory; give the path of a YAML file"),
         ({"training.learning_rte": "1"}, "unknown key training.learning_rte; did you mean training.learning_rate?"),
         ({"lr": "1"}, "unknown key lr: `lr` is `training.learning_rate` here"),
         ({"training.learning_rate": "fast"}, "training.learning_rate: input should be a valid number, unable to parse string as a number, got 'fast'"),

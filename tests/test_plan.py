@@ -101,6 +101,7 @@ def test_examples_are_shown_as_the_model_gets_them(rows, tmp_path, capsys):  # n
     run = survey(config_module.load(path), ONE)
     of_each = [row for phase in run.plan.phases for row in phase.steps[0][:2]]
     assert len(of_each) == 2 * len(run.plan.phases) > 2
+    assert re.search(r"(?m)^batch   8 sequences of [\d, ]+ tokens \(examples packed into each\)$", out)  # tests see eight devices
     for row in of_each:
         [turn] = run.dataset.records[row].turns
         shown = out.split(f"{run.dataset.records[row].source}: ")[1].split("\n\n")[0]

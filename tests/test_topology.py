@@ -308,6 +308,10 @@ def test_the_time_to_expect_is_that_at_a_usual_mfu(rows, tmp_path):  # noqa: F81
     flops = sum(phase.flops(large.plan.model) for phase in large.plan.phases)
     assert told["expected_seconds"] == pytest.approx([flops / (share * 4 * free.flops) for share in (0.5, 0.3)])
     assert told["run_seconds"] < told["expected_seconds"][0]
+    soon, late = (f"{seconds / 60:,.1f}" for seconds in told["expected_seconds"])
+    shown = topologies.describe(topologies.facts(large, topology, compiled) | {"estimate": told})
+    assert f"  expect  {soon} to {late} minutes, a guess: 50% to 30% MFU if the bound allows\n" in shown
+    assert "step of 8 sequences of 64 tokens" in shown
 
 
 @pytest.mark.parametrize(
