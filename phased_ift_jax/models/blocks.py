@@ -60,35 +60,36 @@ def _forward(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_B
         return (y_BKQH / total_BKQ[..., None]).astype(q_BTNH.dtype), most_BKQ + jnp.log(total_BKQ)
 
     y_CBKQH, sums_CBKQ = checkpoint_name(jax.lax.map(row, jnp.arange(len(blocks.q_CBKQH))), "attention")
-    return _joined(y_CBKQH, q_BTNH), (q_BTNH, k_BTKH, v_BTKH, segments_BT, y_CBKQH, sums_CBKQ)
+    return _joined(y_CBKQH, q_BTNH), (blocks, y_CBKQH, sums_CBKQ)
 
 
 def _backward(window: int | None, kept: Any, gradient_BTNH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q_BTNH, k_BTKH, v_BTKH, segments_BT, y_CBKQH, sums_CBKQ = kept
-    blocks, wide = _blocks(q_BTNH, k_BTKH, v_BTKH, segments_BT, window), jnp.promote_types(q_BTNH.dtype, jnp.float32)
-    dy_CBKQH = _cut(gradient_BTNH, k_BTKH.shape[2])
-    shared_CBKQ = _by_row(jnp.sum, dy_CBKQH.astype(wide) * y_CBKQH.astype(wide))
+    blocks, y_CBKQH, sums_CBKQ = kept
+    wide, dy_CBKQH = jnp.promote_types(gradient_BTNH.dtype, jnp.float32), _cut(gradient_BTNH, blocks.k_CBKSH.shape[2])
 
     def row(sums: tuple[jax.Array, jax.Array], c: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         q_BKQH, dy_BKQH = blocks.q_CBKQH[c], dy_CBKQH[c]
+        # turned here, once: a CPU copies the operand that a matmul reads transposed
+        q_BKHQ, dy_BKHQ = q_BKQH.swapaxes(2, 3), dy_BKQH.swapaxes(2, 3)
+        # as a matmul: a CPU's sum over a dim as short as a head is a slow one
+        shared_BKQ = jnp.einsum("BKQH,BKQH->BKQ", dy_BKQH, y_CBKQH[c], preferred_element_type=wide)
 
         def over(block: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             dq_BKQH, dk_CBKHS, dv_CBKHS = sums
             weights_BKQS = jnp.exp(_scores(blocks, c, block, wide) - sums_CBKQ[c][..., None])
             dweights_BKQS = jnp.einsum("BKQH,BKSH->BKQS", dy_BKQH, blocks.v_CBKSH[block], preferred_element_type=wide)
-            dscores_BKQS = (weights_BKQS * (dweights_BKQS - shared_CBKQ[c][..., None]) * q_BKQH.shape[-1] ** -0.5).astype(q_BKQH.dtype)
+            dscores_BKQS = (weights_BKQS * (dweights_BKQS - shared_BKQ[..., None]) * q_BKQH.shape[-1] ** -0.5).astype(q_BKQH.dtype)
             dq_BKQH += jnp.einsum("BKQS,BKSH->BKQH", dscores_BKQS, blocks.k_CBKSH[block], preferred_element_type=wide)
-            # turned: a CPU copies the operand that is read transposed, which is to be the narrow one (heads of at most `BLOCK`)
-            dk_BKHS = jnp.einsum("BKQH,BKQS->BKHS", q_BKQH, dscores_BKQS, preferred_element_type=wide)
-            dv_BKHS = jnp.einsum("BKQH,BKQS->BKHS", dy_BKQH, weights_BKQS.astype(dy_BKQH.dtype), preferred_element_type=wide)
+            dk_BKHS = jnp.einsum("BKHQ,BKQS->BKHS", q_BKHQ, dscores_BKQS, preferred_element_type=wide)
+            dv_BKHS = jnp.einsum("BKHQ,BKQS->BKHS", dy_BKHQ, weights_BKQS.astype(dy_BKQH.dtype), preferred_element_type=wide)
             return dq_BKQH, dk_CBKHS.at[block].add(dk_BKHS), dv_CBKHS.at[block].add(dv_BKHS)
 
         dq_BKQH, *sums_CBKHS = jax.lax.fori_loop(blocks.lowest_C[c], c + 1, over, (jnp.zeros(q_BKQH.shape, wide), *sums))
         return (sums_CBKHS[0], sums_CBKHS[1]), dq_BKQH
 
-    zeros_CBKHS = jnp.zeros(blocks.k_CBKSH.swapaxes(3, 4).shape, wide)
-    (dk_CBKHS, dv_CBKHS), dq_CBKQH = jax.lax.scan(row, (zeros_CBKHS, zeros_CBKHS), jnp.arange(len(dy_CBKQH)))
-    return _joined(dq_CBKQH, q_BTNH), _joined(dk_CBKHS.swapaxes(3, 4), k_BTKH), _joined(dv_CBKHS.swapaxes(3, 4), v_BTKH), None
+    (dk_CBKHS, dv_CBKHS), dq_CBKQH = jax.lax.scan(row, 2 * (jnp.zeros(blocks.k_CBKSH.swapaxes(3, 4).shape, wide),), jnp.arange(len(dy_CBKQH)))
+    dq_BTNH, dk_BTKH, dv_BTKH = (_joined(x_CBKQH, gradient_BTNH) for x_CBKQH in (dq_CBKQH, dk_CBKHS.swapaxes(3, 4), dv_CBKHS.swapaxes(3, 4)))
+    return dq_BTNH, dk_BTKH, dv_BTKH, None
 
 
 _attend.defvjp(_forward, _backward)

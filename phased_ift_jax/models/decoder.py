@@ -122,10 +122,24 @@ class RMSNorm(nnx.Module):
         return (self.scale[...] * normed.astype(x_BTD.dtype)).reshape(x_BTD.shape)
 
 
+@jax.custom_vjp
+def widened(x_BTD: jax.Array, weight_DF: jax.Array) -> jax.Array:
+    """x @ weight. Of its gradient a CPU copies the operand that is read transposed: that is to be x, the narrow one."""
+    return jnp.einsum("BTD,DF->BTF", x_BTD, weight_DF)
+
+
+def _widened_backward(kept: tuple[jax.Array, jax.Array], gradient_BTF: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_BTD, weight_DF = kept
+    return jnp.einsum("BTF,DF->BTD", gradient_BTF, weight_DF), jnp.einsum("BTD,BTF->DF", x_BTD, gradient_BTF)
+
+
+widened.defvjp(lambda x_BTD, weight_DF: (widened(x_BTD, weight_DF), (x_BTD, weight_DF)), _widened_backward)
+
+
 def into_heads(x_BTD: jax.Array, weight_NHD: jax.Array) -> jax.Array:
     """x (B, T, D) times a weight of each head, as one matrix: with two dims of its own XLA turns the weight on a CPU, at every token anew, (B, T, N, H)."""
     N, H, D = weight_NHD.shape
-    return jnp.einsum("BTD,ED->BTE", x_BTD, weight_NHD.reshape(N * H, D)).reshape(*x_BTD.shape[:2], N, H)
+    return widened(x_BTD, weight_NHD.reshape(N * H, D).T).reshape(*x_BTD.shape[:2], N, H)
 
 
 def out_of_heads(x_BTNH: jax.Array, weight_NHD: jax.Array) -> jax.Array:
@@ -155,20 +169,6 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         q_BTNH, k_BTKH = (rotate(heads(x_BTD), context.rotation) for heads in (self.q, self.k))
         return out_of_heads(context.attend(q_BTNH, k_BTKH, self.v(x_BTD)), self.o[...])
-
-
-@jax.custom_vjp
-def widened(x_BTD: jax.Array, weight_DF: jax.Array) -> jax.Array:
-    """x @ weight. Of its gradient a CPU copies the operand that is read transposed: that is to be x, the narrow one."""
-    return jnp.einsum("BTD,DF->BTF", x_BTD, weight_DF)
-
-
-def _widened_backward(kept: tuple[jax.Array, jax.Array], gradient_BTF: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x_BTD, weight_DF = kept
-    return jnp.einsum("BTF,DF->BTD", gradient_BTF, weight_DF), jnp.einsum("BTD,BTF->DF", x_BTD, gradient_BTF)
-
-
-widened.defvjp(lambda x_BTD, weight_DF: (widened(x_BTD, weight_DF), (x_BTD, weight_DF)), _widened_backward)
 
 
 class MLP(nnx.Module):
