@@ -18,7 +18,7 @@ from phased_ift_jax.config import RunConfig
 from phased_ift_jax.evaluation.forgetting import ForgettingMatrix
 from phased_ift_jax.train import Results
 from phased_ift_jax.training import loop
-from phased_ift_jax.xla_flags import lasting_memory
+from phased_ift_jax.xla_flags import lasting_memory, set_flags
 
 
 class Held:
@@ -38,10 +38,12 @@ class Held:
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    lasting_memory(job["config"]["model"]["model_name_or_path"])  # as `train` does
+    config = RunConfig.model_validate(job["config"])
+    lasting_memory(config.model.model_name_or_path)  # this and the flags as `train` does
+    set_flags(config.training.deterministic)
     turns, compiling = Turns(job["warm"], job.get("warm_seconds", WARM)), list[float]()
     jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: compiling.append(seconds) if event.endswith("backend_compile_duration") else None)
-    run = loop.prepare(RunConfig.model_validate(job["config"]))
+    run = loop.prepare(config)
     (phase,) = run.plan.phases
     turns.tokens = [int(phase.lengths[phase.steps[step]].sum()) for step in range(len(phase.steps))]
     trainer = run.trainer(phase)

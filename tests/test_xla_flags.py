@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from phased_ift_jax import processes, xla_flags
-from phased_ift_jax.xla_flags import FLAGS, GPUS, TPUS, flags_for, set_flags
+from phased_ift_jax.xla_flags import CPU, FLAGS, GPUS, TPUS, flags_for, set_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -187,6 +187,22 @@ def test_a_gpu_gets_its_flags(machine: Callable[..., None]) -> None:
     assert os.environ["XLA_FLAGS"] == spelt(flags_for("h200") | {"xla_gpu_deterministic_ops": "true"})
     assert "LIBTPU_INIT_ARGS" not in os.environ
     assert lines == [f"XLA_FLAGS={os.environ['XLA_FLAGS']}", "XLA_CLIENT_MEM_FRACTION=0.9"]
+
+
+def test_a_cpu_gets_its_flag(machine: Callable[..., None]) -> None:
+    machine()
+    assert set_flags(deterministic=False) == [f"XLA_FLAGS={spelt(CPU)}"]
+    assert os.environ["XLA_FLAGS"] == spelt(CPU)
+    machine(XLA_FLAGS="--xla_cpu_prefer_vector_width=256")
+    assert set_flags(deterministic=False) == ["XLA_FLAGS=--xla_cpu_prefer_vector_width=256"]
+
+
+WIDTH = """
+import glob, sys
+import jax, jax.numpy as jnp
+jax.jit(lambda x: jnp.exp(x) * x).lower(jnp.zeros((64, 64))).compile()
+print(sum(open(path).read().count("zmm") for path in glob.glob(sys.argv[1] + "/*.s")), sum(open(path).read().count("<16 x float>") for path in glob.glob(sys.argv[1] + "/*.ll")))
+"""
 
 
 def test_what_the_user_has_set_stays(machine: Callable[..., None]) -> None:
