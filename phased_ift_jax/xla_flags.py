@@ -1,7 +1,7 @@
 """What XLA is told before JAX is there to tell it, each with its reason (floor 0).
 
-`train` finds out the chip and sets the flags of `FLAGS` itself, so that it does not matter what started it. They are those of public
-recipes for dense models under FSDP: MaxText and AXLearn for TPUs, JAX-Toolbox and MaxText for GPUs.
+`train` finds out the chip and sets its flags itself, so that it does not matter what started it. Those of `FLAGS` are of public recipes
+for dense models under FSDP: MaxText and AXLearn for TPUs, JAX-Toolbox and MaxText for GPUs.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ FLAGS: dict[str, dict[str, str]] = {
     "h100": GPU,
     "h200": GPU,
 }
-# elsewhere; only of a processor that has it, else as if it were not there. By itself XLA uses half of it: 512 bits are a tenth of a small model's step
+# vectors of 512 bits, where the processor has them, in XLA's own loops: by itself it takes 256, which cost a small model a tenth of its step
 CPU = {"xla_cpu_prefer_vector_width": "512"}
 TPUS = {"v4": "v4", "v5litepod": "v5e", "v5p": "v5p", "v6e": "v6e"}  # by the accelerator type before its dash
 GPUS = {"H100": "h100", "H200": "h200"}  # by a word of nvidia-smi's name; a GH200 is another machine
@@ -129,7 +129,7 @@ def set_flags(deterministic: bool) -> list[str]:
             raise UserError(f"training.deterministic: XLA_FLAGS has --{name}={given[name]}; take it out of there, or set training.deterministic false")
     here = chip()
     variable = "LIBTPU_INIT_ARGS" if here in TPUS.values() else "XLA_FLAGS"
-    flags = flags_for(here) if here else CPU
+    flags = flags_for(here) if here else {} if _accelerated() else CPU
     unknown = _unknown(variable, flags)
     _add(variable, {name: value for name, value in flags.items() if name not in given and name not in unknown})
     _add("XLA_FLAGS", {name: value for name, value in wanted.items() if name not in given})
@@ -149,8 +149,11 @@ def set_flags(deterministic: bool) -> list[str]:
 
 def _one_cpu() -> bool:
     """Whether JAX will compute on this machine's processors, as one device."""
-    accelerated = os.environ.get("JAX_PLATFORMS") != "cpu" and (processes.has_tpu() or NVIDIA.exists())
-    return not accelerated and os.environ.get("JAX_NUM_CPU_DEVICES", "1") == "1" and "xla_force_host_platform_device_count" not in _given("XLA_FLAGS")
+    return not _accelerated() and os.environ.get("JAX_NUM_CPU_DEVICES", "1") == "1" and "xla_force_host_platform_device_count" not in _given("XLA_FLAGS")
+
+
+def _accelerated() -> bool:
+    return os.environ.get("JAX_PLATFORMS") != "cpu" and (processes.has_tpu() or NVIDIA.exists())
 
 
 def _wide(model: str) -> bool:

@@ -230,6 +230,15 @@ def test_save_attention_saves_one_output_of_each_kernel(capsys):
 
 
 @pytest.mark.usefixtures("scanned")
+def test_save_dots_saves_every_matmul_of_a_layer(capsys):
+    """Queries, keys, values, what comes out of attention, gate, up and down; what is between them is computed again."""
+    params = decoder.parameter_shapes(TINY, jnp.dtype("float32"))
+    jax.ad_checkpoint.print_saved_residuals(tiny("save_dots", "reference"), params)
+    kept = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("f32[2,2,72,") and "argument" not in line]
+    assert sorted(kept) == sorted(["f32[2,2,72,32]", *["f32[2,2,72,16]"] * 7])  # q is 32 wide; k, v, o, gate, up and down 16, as the layer's input
+
+
+@pytest.mark.usefixtures("scanned")
 @pytest.mark.parametrize("gradient_checkpointing", ["save_attention", "full"])
 def test_a_scanned_decoder_computes_the_same_with_splash(gradient_checkpointing, measured):
     params = decoder.init_params(TINY, jax.random.key(0), jnp.float32)

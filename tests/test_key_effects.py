@@ -238,6 +238,7 @@ def test_export_keys_and_evaluation_keys(base, tmp_path):
 )
 def test_deterministic(monkeypatch, given, after):
     """It is XLA's own flag, told before JAX is there; what the user has told it stays, and a contradiction is refused."""
+    monkeypatch.setattr(xla_flags, "CPU", {})
     if given is None:
         monkeypatch.delenv("XLA_FLAGS", raising=False)
     else:

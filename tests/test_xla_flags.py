@@ -197,12 +197,29 @@ def test_a_cpu_gets_its_flag(machine: Callable[..., None]) -> None:
     assert set_flags(deterministic=False) == ["XLA_FLAGS=--xla_cpu_prefer_vector_width=256"]
 
 
+def test_another_accelerator_gets_none(machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(xla_flags, "NVIDIA", tmp_path / "nvidiactl")
+    machine("echo 'NVIDIA A100-SXM4-80GB'")
+    assert set_flags(deterministic=False) == []
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert set_flags(deterministic=False) == [f"XLA_FLAGS={spelt(CPU)}"]
+
+
 WIDTH = """
 import glob, sys
 import jax, jax.numpy as jnp
-jax.jit(lambda x: jnp.exp(x) * x).lower(jnp.zeros((64, 64))).compile()
-print(sum(open(path).read().count("zmm") for path in glob.glob(sys.argv[1] + "/*.s")), sum(open(path).read().count("<16 x float>") for path in glob.glob(sys.argv[1] + "/*.ll")))
+jax.jit(lambda x: jnp.sqrt(x) * x).lower(jnp.zeros((64, 64))).compile()
+print(*(open(path).read().count("<16 x float>") for path in glob.glob(sys.argv[1] + "/*ir-with-opt*.ll")))
 """
+
+
+@pytest.mark.skipif("avx512f" not in Path("/proc/cpuinfo").read_text(), reason="this processor has no vectors of 512 bits")
+def test_with_its_flag_a_cpu_computes_in_wider_vectors(tmp_path: Path) -> None:
+    """Of the loops that XLA itself makes; its libraries' matmuls choose for themselves."""
+    narrow, wide = (run(WIDTH, str(tmp_path / name), XLA_FLAGS=f"--xla_dump_to={tmp_path / name} {flags}") for name, flags in (("narrow", ""), ("wide", spelt(CPU))))
+    assert set(narrow.stdout.split()) == {"0"}, narrow.stderr[-2000:]
+    assert sum(map(int, wide.stdout.split())) > 0, wide.stderr[-2000:]
 
 
 def test_what_the_user_has_set_stays(machine: Callable[..., None]) -> None:

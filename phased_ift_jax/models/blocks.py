@@ -71,8 +71,8 @@ def _backward(window: int | None, kept: Any, gradient_BTNH: jax.Array) -> tuple[
         q_BKQH, dy_BKQH = blocks.q_CBKQH[c], dy_CBKQH[c]
         # turned here, once: a CPU copies the operand that a matmul reads transposed
         q_BKHQ, dy_BKHQ = q_BKQH.swapaxes(2, 3), dy_BKQH.swapaxes(2, 3)
-        # as a matmul: a CPU's sum over a dim as short as a head is a slow one
-        shared_BKQ = jnp.einsum("BKQH,BKQH->BKQ", dy_BKQH, y_CBKQH[c], preferred_element_type=wide)
+        # as a matmul, of a sum's precision: a CPU's sum over a dim as short as a head is a slow one
+        shared_BKQ = jnp.einsum("BKQH,BKQH->BKQ", dy_BKQH, y_CBKQH[c], preferred_element_type=wide, precision="highest")
 
         def over(block: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             dq_BKQH, dk_CBKHS, dv_CBKHS = sums
@@ -129,7 +129,7 @@ def _cut(x_BTNH: jax.Array, K: int) -> jax.Array:
 
 
 def _joined(x_CBKQH: jax.Array, like_BTNH: jax.Array) -> jax.Array:
-    """What `_cut` has cut, in the shape and dtype of an array that it was like."""
+    """What `_cut` has cut, in rows of another array's length and dtype."""
     (C, B, K, Q, H), T = x_CBKQH.shape, like_BTNH.shape[1]
     x_BTNH = x_CBKQH.reshape(C, B, K, Q // BLOCK, BLOCK, H).transpose(1, 0, 4, 2, 3, 5).reshape(B, C * BLOCK, -1, H)
     return x_BTNH[:, :T].astype(like_BTNH.dtype)

@@ -124,7 +124,7 @@ class RMSNorm(nnx.Module):
 
 @jax.custom_vjp
 def widened(x_BTD: jax.Array, weight_DF: jax.Array) -> jax.Array:
-    """x @ weight. Of its gradient a CPU copies the operand that is read transposed: that is to be x, the narrow one."""
+    """x @ weight. Of the weight's gradient a CPU copies the operand that is read transposed: here x, narrower than what comes of it, or shared."""
     return jnp.einsum("BTD,DF->BTF", x_BTD, weight_DF)
 
 
@@ -133,13 +133,13 @@ def _widened_backward(kept: tuple[jax.Array, jax.Array], gradient_BTF: jax.Array
     return jnp.einsum("BTF,DF->BTD", gradient_BTF, weight_DF), jnp.einsum("BTD,BTF->DF", x_BTD, gradient_BTF)
 
 
-widened.defvjp(lambda x_BTD, weight_DF: (widened(x_BTD, weight_DF), (x_BTD, weight_DF)), _widened_backward)
+# the product as it stands: hidden in a call, it is no matmul to a policy that saves matmuls
+widened.defvjp(lambda x_BTD, weight_DF: (jnp.einsum("BTD,DF->BTF", x_BTD, weight_DF), (x_BTD, weight_DF)), _widened_backward)
 
 
 def into_heads(x_BTD: jax.Array, weight_NHD: jax.Array) -> jax.Array:
-    """x (B, T, D) times a weight of each head, as one matrix: with two dims of its own XLA turns the weight on a CPU, at every token anew, (B, T, N, H)."""
-    N, H, D = weight_NHD.shape
-    return widened(x_BTD, weight_NHD.reshape(N * H, D).T).reshape(*x_BTD.shape[:2], N, H)
+    """x (B, T, D) times a weight of each head, (B, T, N, H); as one matrix, which a matmul reads as it lies: one of three dims a CPU turns, at every token anew."""
+    return widened(x_BTD, weight_NHD.reshape(-1, x_BTD.shape[-1]).T).reshape(*x_BTD.shape[:2], *weight_NHD.shape[:2])
 
 
 def out_of_heads(x_BTNH: jax.Array, weight_NHD: jax.Array) -> jax.Array:
