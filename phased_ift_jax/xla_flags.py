@@ -6,6 +6,7 @@ for dense models under FSDP: MaxText and AXLearn for TPUs, JAX-Toolbox and MaxTe
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import mmap
@@ -40,6 +41,9 @@ TPU = {
     # else it rounds the weights of all layers at once, before the loop over them: a bfloat16 copy of the model that stays
     "xla_jf_bf16_propagation": "false",
 }
+# libtpu 0.0.50 refuses to compile with it for others, where it may hang or compute something else; 0.0.42 does, and gathers asynchronously
+ONLY_V5E = "xla_tpu_enable_async_collective_fusion_fuse_all_gather"
+LIBTPU = tuple(int(part) for found in importlib.metadata.distributions(name="libtpu") for part in found.version.split(".")[:3])  # empty without one
 TORUS = {
     # off by default on v4; v5p's recipe says it all the same
     "xla_enable_async_collective_permute": "true",
@@ -69,7 +73,7 @@ CPU = {"xla_cpu_prefer_vector_width": "512"}
 TPUS = {"v4": "v4", "v5litepod": "v5e", "v5p": "v5p", "v6e": "v6e"}  # by the accelerator type before its dash
 GPUS = {"H100": "h100", "H200": "h200"}  # by a word of nvidia-smi's name; a GH200 is another machine
 # JAX takes 75 % of a GPU's memory by default; what CUDA's libraries have outside of it fits into the tenth that remains
-MEMORY = ("XLA_CLIENT_MEM_FRACTION", "0.9")
+MEMORY = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")  # JAX refuses both
 TUNABLES = "GLIBC_TUNABLES"
 ASKED = "glibc.malloc.hugetlb=1"
 KEPT = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000:glibc.malloc.arena_max=1"
@@ -82,7 +86,7 @@ LIBRARIES = {"LIBTPU_INIT_ARGS": ("libtpu", "libtpu.so"), "XLA_FLAGS": ("jaxlib"
 
 def flags_for(chip: str) -> dict[str, str]:
     """XLA's flags for a chip (v4, v5e, v5p, v6e, h100, h200), none for another; in the form that `compile(compiler_options=...)` takes."""
-    return dict(FLAGS.get(chip, {}))
+    return {name: value for name, value in FLAGS.get(chip, {}).items() if name != ONLY_V5E or chip == "v5e" or LIBTPU < (0, 0, 50)}
 
 
 def chip() -> str | None:
@@ -133,15 +137,12 @@ def set_flags(deterministic: bool) -> list[str]:
     unknown = _unknown(variable, flags)
     _add(variable, {name: value for name, value in flags.items() if name not in given and name not in unknown})
     _add("XLA_FLAGS", {name: value for name, value in wanted.items() if name not in given})
-    concerned = [variable] * bool(flags) + ["XLA_FLAGS"] * bool(wanted)
-    lines = [f"{name}={os.environ[name]}" for name in dict.fromkeys(concerned) if name in os.environ]
+    lines = [f"{name}={os.environ[name]}" for name in dict.fromkeys([variable] * bool(flags) + ["XLA_FLAGS"] * bool(wanted)) if name in os.environ]
     if unknown and len(unknown) < len(flags):
         lines.append(f"not known to this {LIBRARIES[variable][0]}, and left out: {', '.join(unknown)}")
     if here in GPUS.values():
-        name, value = MEMORY
-        older = name.replace("XLA_", "XLA_PYTHON_")  # JAX refuses both
-        name = older if older in os.environ else name
-        lines.append(f"{name}={os.environ.setdefault(name, value)}")
+        name = next((name for name in MEMORY if name in os.environ), MEMORY[-1])
+        lines.append(f"{name}={os.environ.setdefault(name, '0.9')}")
     if AGAIN in os.environ and TUNABLES in os.environ:
         lines.append(f"{TUNABLES}={os.environ[TUNABLES]}")
     return lines

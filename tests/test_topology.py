@@ -368,8 +368,9 @@ def test_shipped_configs_fit_their_slices(name, measured):
     sizes = tpu_memory.MODELS[CASES[name].model]  # a whole stack is never brought together: the smallest is that of the keys or values
     width = sizes["hidden_size"] // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
     stack = 2 * sizes["num_hidden_layers"] * sizes["hidden_size"] * width
-    layers = [one for one in found.exchanges if one.kind == "all-gather" and str(sizes["vocab_size"]) not in one.shape]
-    assert max(one.largest for one in layers) < stack
+    layers = [one for one in found.exchanges if str(sizes["vocab_size"]) not in one.shape]
+    # on a torus, libtpu 0.0.50 adds up zeros and shards instead of gathering
+    assert max(one.largest for one in [one for one in layers if one.kind == "all-gather"] or layers) < stack
 
 
 @needs_libtpu
