@@ -43,7 +43,7 @@ TPU = {
 }
 # libtpu 0.0.50 refuses to compile with it for others, where it may hang or compute something else; 0.0.42 does, and gathers asynchronously
 ONLY_V5E = "xla_tpu_enable_async_collective_fusion_fuse_all_gather"
-LIBTPU = tuple(int(part) for found in importlib.metadata.distributions(name="libtpu") for part in found.version.split(".")[:3])  # empty without one
+LIBTPU = tuple(int(part) for found in importlib.metadata.distributions(name="libtpu") for part in re.findall(r"\d+", found.version)[:3])  # empty without one
 TORUS = {
     # off by default on v4; v5p's recipe says it all the same
     "xla_enable_async_collective_permute": "true",

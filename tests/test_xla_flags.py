@@ -168,6 +168,13 @@ def test_a_tpu_vm_is_asked_and_no_other_machine(machine: Callable[..., None], me
     assert xla_flags.chip() is None, "who cannot be asked says nothing"
 
 
+@pytest.mark.parametrize(("libtpu", "chips"), [((), 4), ((0, 0, 42), 4), ((0, 0, 50), 1), ((0, 1, 0), 1)])
+def test_only_a_v5e_fuses_all_gathers_where_the_compiler_refuses_it_elsewhere(monkeypatch: pytest.MonkeyPatch, libtpu: tuple[int, ...], chips: int) -> None:
+    monkeypatch.setattr(xla_flags, "LIBTPU", libtpu)
+    fused = [chip for chip in ("v5e", "v4", "v5p", "v6e") if flags_for(chip).get(xla_flags.ONLY_V5E) == "true"]
+    assert fused == ["v5e", "v4", "v5p", "v6e"][:chips]
+
+
 # ---- what is set ----
 
 
